@@ -1,0 +1,59 @@
+package artifact
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Shortest and longest cache key, in hexadecimal digits.
+const (
+	minKeyLength = 32
+	maxKeyLength = 128
+)
+
+// ErrInvalidKey is wrapped by every error of ParseKey.
+var ErrInvalidKey = errors.New("invalid cache key")
+
+// Key names an artifact: 32 to 128 hexadecimal digits, a hash of everything that the task which
+// made the artifact depends on. ParseKey is the only way to make one, so a Key that is not the zero
+// Key is valid, lower-case, and safe as a file name.
+type Key struct{ digits string }
+
+// ParseKey returns the key that s names. Letters of either case name the same key.
+func ParseKey(s string) (Key, error) {
+	if len(s) < minKeyLength || len(s) > maxKeyLength {
+		return Key{}, fmt.Errorf("%w: it has %d characters; a key has %d to %d hexadecimal digits",
+			ErrInvalidKey, len(s), minKeyLength, maxKeyLength)
+	}
+	for i := range len(s) {
+		c := s[i]
+		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F') {
+			return Key{}, fmt.Errorf("%w: character %d is %q; a key has %d to %d hexadecimal digits",
+				ErrInvalidKey, i+1, c, minKeyLength, maxKeyLength)
+		}
+	}
+	return Key{strings.ToLower(s)}, nil
+}
+
+// String returns the key's digits, lower-case.
+func (k Key) String() string { return k.digits }
+
+// Digest is a SHA-256 digest (FIPS 180-4).
+type Digest [32]byte
+
+// ParseDigest returns the digest that s writes as 64 lower-case hexadecimal digits.
+func ParseDigest(s string) (Digest, error) {
+	var d Digest
+	if len(s) != hex.EncodedLen(len(d)) || strings.ToLower(s) != s {
+		return d, errors.New("not 64 lower-case hexadecimal digits")
+	}
+	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
+		return d, errors.New("not 64 lower-case hexadecimal digits")
+	}
+	return d, nil
+}
+
+// String returns the digest as 64 lower-case hexadecimal digits.
+func (d Digest) String() string { return hex.EncodeToString(d[:]) }
