@@ -1,0 +1,250 @@
+// Package cache decides what happens to artifacts. Its Cache is the one door in front of every
+// store: all rules are here, and stores hold none.
+//
+// An upload, whichever protocol it comes through:
+//
+//	body ── io.Reader ── Cache.Put
+//	                       ├ refuse what is known already: size, existence, before a byte is read
+//	                       ├ Store.Create → an Upload that nobody can see; Abort is the only cleanup
+//	                       ├ intake: limit → count → SHA-256 → write to the Upload → hand on
+//	                       ├ Verifier.Verify pulls: zstd → tar → hash each file → manifest and key agree
+//	                       └ Upload.Commit: exactly one winner, and what it stored is durable
+//
+// Three things can go wrong with an upload: the client hangs up, the store fails, the artifact is
+// not sound. The intake remembers the first fault and its side, so that a full disk is never reported
+// as a broken archive.
+//
+// A download is Cache.Get: the artifact's bytes as an open file, and what is known of it.
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+)
+
+// The faults that callers tell apart, with errors.Is. An unsound artifact is an
+// *artifact.UnsoundError, a bad key an artifact.ErrInvalidKey. Any other error is the server's own.
+var (
+	// ErrNotFound is a miss: no sound artifact is stored under the key.
+	ErrNotFound = errors.New("artifact not found")
+	// ErrExists says that an artifact is stored under the key, and so never changes.
+	ErrExists = errors.New("artifact already exists")
+	// ErrTooLarge says that an artifact is over Config.MaxSize.
+	ErrTooLarge = errors.New("artifact too large")
+	// ErrSizeMismatch says that an upload had another size than was declared.
+	ErrSizeMismatch = errors.New("upload has another size than was declared")
+	// ErrUploadAborted says that an upload could not be read to its end; it wraps the reason.
+	ErrUploadAborted = errors.New("upload aborted")
+	// ErrNoSpace says that the store has no room for the artifact.
+	ErrNoSpace = errors.New("no space left for the artifact")
+	// ErrOverloaded says that the server cannot do this now, but may soon.
+	ErrOverloaded = errors.New("overloaded")
+)
+
+// UnknownSize stands for the size of an upload that did not declare one.
+const UnknownSize = -1
+
+// Store keeps artifacts. The test suite of package cachetest holds every store to what is promised here.
+//
+// All methods may be called concurrently, for the same key too. Errors wrap ErrNotFound, ErrExists,
+// ErrNoSpace or ErrOverloaded where these fit; any other error is trouble in the store.
+type Store interface {
+	// Create begins an upload of size bytes, or of UnknownSize, that nobody can see before its
+	// Commit. It returns ErrExists if an artifact is stored under the key, and ErrNoSpace if it
+	// knows that there is no room for it. The caller must call Abort in the end.
+	Create(ctx context.Context, key artifact.Key, size int64) (Upload, error)
+
+	// Open returns an artifact's bytes, which stay readable and the same until they are closed even
+	// if the artifact is removed, and what is known of it. It returns ErrNotFound if there is none,
+	// and if what is stored turns out to be damaged: the store then moves it out of the way, so that
+	// the key can be uploaded again.
+	Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error)
+
+	// Stat returns what Open does without the bytes.
+	Stat(ctx context.Context, key artifact.Key) (artifact.Info, error)
+
+	// Quarantine moves an artifact that reason found damaged out of the way, so that the key can be
+	// uploaded again. It does nothing if the artifact that info describes is not stored any more.
+	Quarantine(ctx context.Context, info artifact.Info, reason error) error
+
+	// Check returns an error that says why, if the store can't take uploads now.
+	Check(ctx context.Context) error
+}
+
+// Upload is an artifact on its way into a Store. It must not be used concurrently.
+type Upload interface {
+	// Write appends to the artifact. After an error the upload can only be aborted.
+	io.Writer
+
+	// Commit makes the artifact visible under its key, at once and as a whole, with what is known of
+	// it; it returns that with StoredAt set. Of all uploads of a key exactly one commits; for
+	// the others Commit returns ErrExists. An artifact that was committed survives a power cut. After
+	// an error the artifact is not stored.
+	Commit(ctx context.Context, info artifact.Info) (artifact.Info, error)
+
+	// Abort releases what the upload holds, and leaves no trace of one that did not commit. It may
+	// be called at any time, and more than once.
+	Abort()
+}
+
+// Config configures a Cache.
+type Config struct {
+	// MaxSize is the most bytes that an artifact may have as it is uploaded, at least 1.
+	MaxSize int64
+}
+
+// Cache stores and serves artifacts. It is safe for concurrent use.
+type Cache struct {
+	store    Store
+	verifier *artifact.Verifier
+	config   Config
+}
+
+// New returns a Cache that keeps artifacts in store after verifier found them sound.
+func New(store Store, verifier *artifact.Verifier, config Config) *Cache {
+	return &Cache{store, verifier, config}
+}
+
+// Put reads an artifact of size bytes, or of UnknownSize, from body and stores it under key if it is
+// sound. What is known beforehand is refused before body is read.
+func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.Reader) (artifact.Info, error) {
+	if size > c.config.MaxSize {
+		if _, err := c.store.Stat(ctx, key); err == nil {
+			return artifact.Info{}, ErrExists // whatever its size, it would not be stored
+		}
+		return artifact.Info{}, c.tooLarge()
+	}
+	upload, err := c.store.Create(ctx, key, size)
+	if err != nil {
+		return artifact.Info{}, err
+	}
+	defer upload.Abort()
+
+	in := &intake{cache: c, body: body, declared: size, upload: upload, hash: sha256.New()}
+	contents, err := c.verifier.Verify(in, key)
+	if in.err != nil {
+		return artifact.Info{}, in.err
+	}
+	if err != nil {
+		return artifact.Info{}, err
+	}
+	return upload.Commit(ctx, contents.Info(key, artifact.Digest(in.hash.Sum(nil)), in.size))
+}
+
+// Get returns an artifact's bytes, which the caller must close, and what is known of it.
+func (c *Cache) Get(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
+	return c.store.Open(ctx, key)
+}
+
+// Stat returns what is known of an artifact.
+func (c *Cache) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
+	return c.store.Stat(ctx, key)
+}
+
+// Files lists the files in an artifact, in ascending order of the bytes of their paths. It verifies
+// the whole artifact again; one that is found damaged is a miss from then on.
+func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, error) {
+	file, info, err := c.store.Open(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	contents, found, err := c.verifier.Inspect(&cancelReader{ctx, file}, key)
+	if err == nil && found.Hash != info.Hash {
+		err = &artifact.UnsoundError{
+			Rule:  artifact.RuleStream,
+			Where: "the stored artifact",
+			What:  fmt.Sprintf("has SHA-256 %s, but the one that was uploaded had %s", found.Hash, info.Hash),
+		}
+	}
+	if damage, ok := errors.AsType[*artifact.UnsoundError](err); ok && damage.Rule != artifact.RuleLimit {
+		if err := c.store.Quarantine(ctx, info, damage); err != nil {
+			return nil, err
+		}
+		return nil, ErrNotFound
+	}
+	if err != nil {
+		return nil, err
+	}
+	return contents.Files, nil
+}
+
+// Ready returns an error that says why, if artifacts can't be stored now.
+func (c *Cache) Ready(ctx context.Context) error {
+	return c.store.Check(ctx)
+}
+
+func (c *Cache) tooLarge() error {
+	return fmt.Errorf("%w: the limit is %s (%d bytes)", ErrTooLarge, humanize.IBytes(uint64(c.config.MaxSize)), c.config.MaxSize)
+}
+
+// intake is what every byte of an upload passes through on its way to verification. It remembers the
+// first fault: the client's, the store's, or that the artifact is too large.
+type intake struct {
+	cache    *Cache
+	body     io.Reader
+	declared int64 // or UnknownSize
+	upload   Upload
+
+	hash hash.Hash
+	size int64
+	end  error // of the body, once it came
+	err  error
+}
+
+// Read hands on the bytes that come with the end of the body before the end, so that what is wrong
+// with them is found first.
+func (in *intake) Read(p []byte) (n int, err error) {
+	if in.err != nil {
+		return 0, in.err
+	}
+	if in.end == nil {
+		n, in.end = in.body.Read(p)
+	}
+	switch {
+	case n > 0:
+		in.err = in.take(p[:n])
+	case in.end == io.EOF && in.declared != UnknownSize && in.size != in.declared:
+		in.err = fmt.Errorf("%w: %d bytes, not %d", ErrSizeMismatch, in.size, in.declared)
+	case in.end != nil && in.end != io.EOF:
+		in.err = fmt.Errorf("%w: %w", ErrUploadAborted, in.end)
+	default:
+		return 0, in.end
+	}
+	if in.err != nil {
+		return 0, in.err
+	}
+	return n, nil
+}
+
+// take counts, hashes and stores the next bytes.
+func (in *intake) take(p []byte) error {
+	in.size += int64(len(p))
+	if in.size > in.cache.config.MaxSize {
+		return in.cache.tooLarge()
+	}
+	in.hash.Write(p)
+	_, err := in.upload.Write(p)
+	return err
+}
+
+// cancelReader reads until ctx is done.
+type cancelReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *cancelReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
+}
