@@ -1,0 +1,227 @@
+package disk
+
+// This file is the whole of durability. An artifact gets into the store by these syscalls, in this
+// order; the number in brackets is what a crash or power cut after the step leaves behind.
+//
+//	open(tmp/<unique>, O_CREAT|O_EXCL)   [1]
+//	write                                [1]
+//	utimensat(file)                      [1] its own time, to the nanosecond: what binds the memo to it
+//	fsync(file)                          [1] from here on the bytes survive a power cut
+//	mkdir(aa), fsync(<dir>)              [1] only for the first upload of a process into aa …
+//	mkdir(aa/bb), fsync(aa)              [1] … and into aa/bb
+//	link(tmp/<unique>, aa/bb/<key>.zst)  [2] the commit: EEXIST means that somebody was first
+//	unlink(tmp/<unique>)                 [2]
+//	the memo: open, write, close, rename [2]
+//	fsync(aa/bb)                         [3] only now is the upload acknowledged
+//
+//	[1] An orphan in tmp/, or nothing. No artifact: the next start sweeps the orphan.
+//	[2] The whole artifact or none, for the name may or may not have reached the disk; if it did, all
+//	    the bytes had before it. A memo that is missing, empty or torn is made anew from the .zst. The
+//	    client has no answer yet, so both outcomes are true to what it knows.
+//	[3] The artifact.
+//
+// link and not rename, because rename replaces: with stat and rename two racing uploads both win.
+// A directory that another process made may have a name that is not durable yet, so each process
+// syncs the way to a shard once before it relies on it, whoever made it.
+//
+// If a step after the link fails, the link is taken back: what was refused is not stored. That leaves
+// one hole: where the unlink fails as well, or power is cut before it reaches the disk, an artifact
+// whose upload was answered with an error is stored. It is whole and sound, and the client's next
+// attempt is told that it exists.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// upload implements cache.Upload.
+type upload struct {
+	store *Store
+	key   artifact.Key
+	file  *os.File // nil once it is committed or aborted
+}
+
+func (u *upload) Write(p []byte) (int, error) {
+	n, err := u.file.Write(p)
+	return n, translate(err)
+}
+
+func (u *upload) Commit(_ context.Context, info artifact.Info) (artifact.Info, error) {
+	info, err := u.commit(info)
+	return info, translate(err)
+}
+
+func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
+	s := u.store
+	if u.file == nil {
+		return info, os.ErrClosed
+	}
+	// The file system's clock may tick every few milliseconds only. Artifacts of one key and size that
+	// were written in the same tick would pass for each other.
+	if err := os.Chtimes(u.file.Name(), time.Time{}, time.Now()); err != nil {
+		return info, err
+	}
+	if err := u.file.Sync(); err != nil {
+		return info, err
+	}
+	stat, err := u.file.Stat()
+	if err != nil {
+		return info, err
+	}
+	info.StoredAt = stat.ModTime()
+	path := s.artifactPath(u.key)
+	if err := u.link(path); err != nil {
+		return info, err
+	}
+	u.Abort()
+	if err := s.writeMemo(info); err != nil {
+		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return info, errors.Join(err, os.Remove(path))
+	}
+	return info, nil
+}
+
+func (u *upload) link(path string) error {
+	if err := u.store.makeShard(u.key); err != nil {
+		return err
+	}
+	err := os.Link(u.file.Name(), path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) { // somebody removed the shard since it was made
+		u.store.shards.forget(u.key)
+		if err := u.store.makeShard(u.key); err != nil {
+			return err
+		}
+		err = os.Link(u.file.Name(), path)
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return cache.ErrExists
+	}
+	return err
+}
+
+// Abort closes and removes the temporary file, which after the commit is only a second name.
+func (u *upload) Abort() {
+	if u.file == nil {
+		return
+	}
+	u.file.Close()
+	if err := os.Remove(u.file.Name()); err != nil {
+		u.store.log.Warn("could not remove a temporary file; the next start will", "path", u.file.Name(), "error", err)
+	}
+	u.file = nil
+}
+
+// durableShards knows which shards' directories this process has made durable: at most 256 with 256
+// in each.
+type durableShards struct {
+	mu   sync.Mutex
+	done map[string]bool
+}
+
+func (d *durableShards) has(shard string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.done[shard]
+}
+
+func (d *durableShards) add(shard string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.done == nil {
+		d.done = map[string]bool{}
+	}
+	d.done[shard] = true
+}
+
+// forget makes the next upload look at the shard of a key again.
+func (d *durableShards) forget(key artifact.Key) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.done, shard(key))
+	delete(d.done, filepath.Dir(shard(key)))
+}
+
+// makeShard makes the directory of a key's shard, and its name durable.
+func (s *Store) makeShard(key artifact.Key) error {
+	inner := shard(key)
+	for _, shard := range []string{filepath.Dir(inner), inner} {
+		if s.shards.has(shard) {
+			continue
+		}
+		path := filepath.Join(s.dir, shard)
+		err := os.Mkdir(path, 0o755)
+		if errors.Is(err, fs.ErrExist) {
+			err = s.replaceByDir(path)
+		}
+		if err == nil {
+			err = syncDir(filepath.Dir(path))
+		}
+		if err != nil {
+			return err
+		}
+		s.shards.add(shard)
+	}
+	return nil
+}
+
+// replaceByDir makes a directory of what stands where one must be, if it is not one already.
+func (s *Store) replaceByDir(path string) error {
+	s.aside.Lock() // or else what is moved may be the directory that somebody else just made
+	defer s.aside.Unlock()
+	if stat, err := os.Stat(path); err == nil && stat.IsDir() {
+		return nil
+	}
+	if err := s.quarantine(path, fmt.Errorf("%s must be a directory", path)); err != nil {
+		return err
+	}
+	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// makeDurable makes a directory and those above it that are missing, and their names durable.
+func makeDurable(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if err := makeDurable(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(parent)
+}
+
+// syncDir makes the names in a directory durable.
+func syncDir(path string) error {
+	if !dirsSync {
+		return nil
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	err = dir.Sync()
+	if closed := dir.Close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,359 @@
+// Package disk is a cache.Store in sharded directories, in the layout that the Rust server of the
+// same name uses too:
+//
+//	<dir>/aa/bb/<key>.zst            the artifact, exactly as uploaded; aabb = first four digits of the key
+//	<dir>/aa/bb/<key>.json           its memo: what is known of it, so that it need not be read to be served
+//	<dir>/tmp/                       uploads in progress
+//	<dir>/.polykit-cache.lock        locked while a server uses the directory
+//	<dir>/.polykit-cache/quarantine/ what was found damaged or in the way, each with its reason; may be deleted
+//
+// The .zst is the truth and its link is the one commit point; commit.go says why that is safe. The
+// memo is only a memo: where it is missing, torn, stale, or the Rust server's (which says less), it is
+// made anew by verifying the .zst, once. So nothing is served that was not verified by these rules.
+package disk
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/gofrs/flock"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+const (
+	tmpDir        = "tmp"
+	ownDir        = ".polykit-cache"
+	quarantineDir = "quarantine"
+	lockName      = ".polykit-cache.lock"
+
+	// ownTmp ends the names of the temporary files that this package makes.
+	ownTmp = ".part"
+	// foreignTmpAge is how long a file that another program left in tmp/ must not have been written
+	// to before it is taken for abandoned: far longer than any upload.
+	foreignTmpAge = 24 * time.Hour
+)
+
+// Config configures a Store.
+type Config struct {
+	// Dir is the storage directory. It is created if it does not exist.
+	Dir string
+	// Verifier verifies what is found in the directory without a memo.
+	Verifier *artifact.Verifier
+	// Log is told about repairs.
+	Log *slog.Logger
+}
+
+// Store is a cache.Store in a directory.
+type Store struct {
+	dir      string
+	verifier *artifact.Verifier
+	log      *slog.Logger
+	lock     *flock.Flock
+	shards   durableShards
+
+	inspections singleflight.Group // in progress, by key
+	aside       sync.Mutex         // held from the look at a file that is in the way until it is moved
+}
+
+var _ cache.Store = (*Store)(nil)
+
+// Open takes possession of a storage directory: no other Store can be opened on it before Close. It
+// takes the same time however much is stored.
+func Open(config Config) (*Store, error) {
+	dir, err := filepath.Abs(config.Dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := makeDurable(dir); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Join(dir, tmpDir), 0o755); err != nil {
+		return nil, err
+	}
+	lock := flock.New(filepath.Join(dir, lockName))
+	locked, err := lock.TryLock()
+	if err != nil {
+		return nil, fmt.Errorf("lock storage directory %s: %w", dir, err)
+	}
+	if !locked {
+		return nil, fmt.Errorf("storage directory %s is in use by another server: stop that one first, or give this one a directory of its own", dir)
+	}
+	s := &Store{dir: dir, verifier: config.Verifier, log: config.Log, lock: lock}
+	if err := s.sweep(); err != nil {
+		lock.Unlock()
+		return nil, err
+	}
+	return s, nil
+}
+
+// Close gives the directory back. Files that are still open may be read to their end; uploads may be
+// finished only until the next Open sweeps them.
+func (s *Store) Close() error { return s.lock.Unlock() }
+
+// sweep removes the temporary files that no live process owns: all of this package's, since this
+// process holds the lock now, and other programs' (the Rust server does not lock) that are old.
+func (s *Store) sweep() error {
+	entries, err := os.ReadDir(filepath.Join(s.dir, tmpDir))
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), ownTmp) {
+			info, err := entry.Info()
+			if err != nil || time.Since(info.ModTime()) < foreignTmpAge {
+				continue
+			}
+		}
+		path := filepath.Join(s.dir, tmpDir, entry.Name())
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		s.log.Info("swept the temporary file of an upload that was cut short", "path", path)
+	}
+	return nil
+}
+
+// createTmp creates a temporary file with a unique name.
+func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
+	name := key.String() + "-" + rand.Text() + ownTmp
+	return os.OpenFile(filepath.Join(s.dir, tmpDir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+}
+
+// shard is the directory of a key, relative to the storage directory.
+func shard(key artifact.Key) string {
+	digits := key.String()
+	return filepath.Join(digits[:2], digits[2:4])
+}
+
+func (s *Store) artifactPath(key artifact.Key) string {
+	return filepath.Join(s.dir, shard(key), key.String()+".zst")
+}
+
+func (s *Store) memoPath(key artifact.Key) string {
+	return filepath.Join(s.dir, shard(key), key.String()+".json")
+}
+
+// Create implements cache.Store.
+func (s *Store) Create(ctx context.Context, key artifact.Key, _ int64) (cache.Upload, error) {
+	switch _, err := s.Stat(ctx, key); {
+	case err == nil:
+		return nil, cache.ErrExists
+	case !errors.Is(err, cache.ErrNotFound):
+		return nil, err
+	}
+	file, err := s.createTmp(key)
+	if err != nil {
+		return nil, translate(err)
+	}
+	return &upload{store: s, key: key, file: file}, nil
+}
+
+// Open implements cache.Store. The bytes are an *os.File, which sendfile(2) can send.
+func (s *Store) Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
+	for {
+		file, stat, err := s.openFile(key)
+		if err != nil {
+			return nil, artifact.Info{}, err
+		}
+		info, err := s.readMemo(key, stat)
+		if err == nil {
+			return file, info, nil
+		}
+		inspected, err := s.inspect(ctx, key, err)
+		if err == nil && os.SameFile(inspected.stat, stat) {
+			return file, inspected.info, nil
+		}
+		file.Close()
+		if err != nil {
+			return nil, artifact.Info{}, err
+		}
+		// The file was replaced between the two looks at it, which takes a removal and an upload in
+		// that time: look again.
+	}
+}
+
+// Stat implements cache.Store.
+func (s *Store) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
+	stat, err := os.Lstat(s.artifactPath(key))
+	if err != nil {
+		return artifact.Info{}, s.unopened(key, err)
+	}
+	if stat.Mode().IsRegular() {
+		if info, err := s.readMemo(key, stat); err == nil {
+			return info, nil
+		}
+	}
+	file, info, err := s.Open(ctx, key)
+	if err != nil {
+		return artifact.Info{}, err
+	}
+	return info, file.Close()
+}
+
+// openFile opens the file that is stored under a key.
+func (s *Store) openFile(key artifact.Key) (*os.File, fs.FileInfo, error) {
+	file, err := os.OpenFile(s.artifactPath(key), os.O_RDONLY|openFlags, 0)
+	if err != nil {
+		return nil, nil, s.unopened(key, err)
+	}
+	stat, err := file.Stat()
+	switch {
+	case err != nil:
+		err = translate(err)
+	case !stat.Mode().IsRegular():
+		err = s.setAside(key, stat, errors.New("not a regular file"))
+	}
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	return file, stat, nil
+}
+
+// inspected is what an inspection found, and in which file.
+type inspected struct {
+	info artifact.Info
+	stat fs.FileInfo
+}
+
+// inspect makes the memo of an artifact anew; lack says what is wrong with the one it has. Many
+// requests for one artifact share an inspection, which does not end when one of them does.
+func (s *Store) inspect(ctx context.Context, key artifact.Key, lack error) (inspected, error) {
+	done := s.inspections.DoChan(key.String(), func() (any, error) { return s.inspectFile(key, lack) })
+	select {
+	case result := <-done:
+		found, _ := result.Val.(inspected)
+		return found, result.Err
+	case <-ctx.Done():
+		return inspected{}, ctx.Err()
+	}
+}
+
+func (s *Store) inspectFile(key artifact.Key, lack error) (inspected, error) {
+	file, stat, err := s.openFile(key)
+	if err != nil {
+		return inspected{}, err
+	}
+	defer file.Close()
+	if info, err := s.readMemo(key, stat); err == nil { // an inspection ended after the memo was looked for
+		return inspected{info, stat}, nil
+	}
+	_, info, err := s.verifier.Inspect(file, key)
+	if unsound, ok := errors.AsType[*artifact.UnsoundError](err); ok {
+		return inspected{}, s.setAside(key, stat, unsound)
+	}
+	if err != nil {
+		return inspected{}, translate(err)
+	}
+	info.StoredAt = stat.ModTime()
+	s.log.Info("verified a stored artifact, since its memo could not be gone by", "key", key, "memo", lack)
+	if err := s.writeMemo(info); err != nil {
+		s.log.Warn("could not write a memo; the artifact will be verified again", "key", key, "error", err)
+	}
+	return inspected{info, stat}, nil
+}
+
+// unopened returns what it means that an artifact could not be opened, and frees the key of what can
+// never be an artifact.
+func (s *Store) unopened(key artifact.Key, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return cache.ErrNotFound
+	}
+	stat, statErr := os.Lstat(s.artifactPath(key))
+	if statErr == nil && (!stat.Mode().IsRegular() || errors.Is(err, fs.ErrPermission)) {
+		return s.setAside(key, stat, err)
+	}
+	return translate(err)
+}
+
+// Quarantine implements cache.Store.
+func (s *Store) Quarantine(_ context.Context, info artifact.Info, reason error) error {
+	stat, err := os.Lstat(s.artifactPath(info.Key))
+	if err != nil || stat.Size() != info.Size || !stat.ModTime().Equal(info.StoredAt) {
+		return nil
+	}
+	if err := s.setAside(info.Key, stat, reason); !errors.Is(err, cache.ErrNotFound) {
+		return err
+	}
+	return nil
+}
+
+// setAside moves what is stored under key into quarantine, if it is still the file that stat
+// describes, and returns cache.ErrNotFound.
+func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error {
+	s.aside.Lock() // or else what is moved may be a new artifact, uploaded since somebody else moved the old one
+	defer s.aside.Unlock()
+	path := s.artifactPath(key)
+	if now, err := os.Lstat(path); err != nil || !os.SameFile(now, stat) {
+		return cache.ErrNotFound // somebody else did
+	}
+	os.Remove(s.memoPath(key)) // while it can't be a new artifact's
+	if err := s.quarantine(path, reason); err != nil {
+		return fmt.Errorf("set damaged artifact %s aside: %w", key, translate(err))
+	}
+	return cache.ErrNotFound
+}
+
+// quarantine moves a file into quarantine, where it has its own name with something unique behind it.
+func (s *Store) quarantine(path string, reason error) error {
+	dir := filepath.Join(s.dir, ownDir, quarantineDir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	extension := filepath.Ext(path)
+	target := filepath.Join(dir, strings.TrimSuffix(filepath.Base(path), extension)+"-"+rand.Text())
+	if err := os.Rename(path, target+extension); err != nil {
+		return err
+	}
+	s.log.Warn("set a file aside", "path", path, "reason", reason, "to", target+extension)
+	if err := os.WriteFile(target+".txt", []byte(reason.Error()+"\n"), 0o644); err != nil {
+		s.log.Warn("could not write down why", "path", path, "error", err)
+	}
+	return nil
+}
+
+// Check implements cache.Store.
+func (s *Store) Check(context.Context) error {
+	file, err := s.createTmp(artifact.Key{})
+	if err == nil {
+		_, err = file.Write([]byte{0})
+		file.Close()
+		os.Remove(file.Name())
+	}
+	if err != nil {
+		return fmt.Errorf("storage directory can't be written: %w", translate(err))
+	}
+	return nil
+}
+
+// translate wraps an error of the operating system in the error of package cache that it means.
+func translate(err error) error {
+	for _, means := range []struct {
+		errno syscall.Errno
+		fault error
+	}{
+		{syscall.ENOSPC, cache.ErrNoSpace},
+		{syscall.EDQUOT, cache.ErrNoSpace},
+		{syscall.EMFILE, cache.ErrOverloaded},
+		{syscall.ENFILE, cache.ErrOverloaded},
+	} {
+		if errors.Is(err, means.errno) {
+			return fmt.Errorf("%w: %w", means.fault, err)
+		}
+	}
+	return err
+}

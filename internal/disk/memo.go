@@ -1,0 +1,124 @@
+package disk
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+)
+
+// verifiedBy is the version of the rules by which artifacts are verified. A memo of other rules is
+// made anew.
+const verifiedBy = 1
+
+// maxMemoSize is more bytes than any memo has, for the longest command that a metadata.json can hold.
+const maxMemoSize = 1 << 20
+
+// memo is the .json beside an artifact. The first four members are all that the Rust server writes
+// and reads.
+type memo struct {
+	Hash         string `json:"hash"`
+	Size         int64  `json:"size"`       // bytes of the .zst
+	CreatedAt    int64  `json:"created_at"` // Unix seconds, the client's clock
+	CacheKeyHash string `json:"cache_key_hash"`
+
+	VerifiedBy       int    `json:"verified_by,omitempty"`
+	ModifiedAt       int64  `json:"modified_at,omitempty"` // of the .zst, Unix nanoseconds: binds the memo to the file
+	UncompressedSize int64  `json:"uncompressed_size"`
+	FileCount        int    `json:"file_count"`
+	PackageName      string `json:"package_name"`
+	TaskName         string `json:"task_name"`
+	Command          string `json:"command"`
+}
+
+// readMemo returns what the memo of the artifact whose file stat describes says, or why it can't be
+// gone by.
+func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
+	var none artifact.Info
+	file, err := os.OpenFile(s.memoPath(key), os.O_RDONLY|openFlags, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return none, errors.New("missing")
+	}
+	if err != nil {
+		return none, err
+	}
+	text, err := io.ReadAll(io.LimitReader(file, maxMemoSize))
+	file.Close()
+	if err != nil {
+		return none, err
+	}
+	var m memo
+	if err := json.Unmarshal(text, &m); err != nil {
+		return none, fmt.Errorf("torn: %w", err)
+	}
+	hash, err := artifact.ParseDigest(m.Hash)
+	switch {
+	case err != nil:
+		return none, fmt.Errorf("torn: hash is %w", err)
+	case m.VerifiedBy != verifiedBy:
+		return none, errors.New("written by another server")
+	case m.CacheKeyHash != key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
+		return none, errors.New("stale")
+	}
+	return artifact.Info{
+		Key:              key,
+		Hash:             hash,
+		Size:             m.Size,
+		UncompressedSize: m.UncompressedSize,
+		FileCount:        m.FileCount,
+		Metadata: artifact.Metadata{
+			PackageName: m.PackageName,
+			TaskName:    m.TaskName,
+			Command:     m.Command,
+			CreatedAt:   time.Unix(m.CreatedAt, 0).UTC(),
+		},
+		StoredAt: stat.ModTime(),
+	}, nil
+}
+
+// writeMemo writes the memo of a stored artifact, so that readers see the old one or the new one. It
+// is not synced: a memo that a power cut tears is noticed and made anew.
+func (s *Store) writeMemo(info artifact.Info) error {
+	text, err := json.Marshal(memo{
+		Hash:             info.Hash.String(),
+		Size:             info.Size,
+		CreatedAt:        info.CreatedAt.Unix(),
+		CacheKeyHash:     info.Key.String(),
+		VerifiedBy:       verifiedBy,
+		ModifiedAt:       info.StoredAt.UnixNano(),
+		UncompressedSize: info.UncompressedSize,
+		FileCount:        info.FileCount,
+		PackageName:      info.PackageName,
+		TaskName:         info.TaskName,
+		Command:          info.Command,
+	})
+	if err != nil {
+		return err
+	}
+	file, err := s.createTmp(info.Key)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(text)
+	if closed := file.Close(); err == nil {
+		err = closed
+	}
+	if err == nil {
+		err = os.Rename(file.Name(), s.memoPath(info.Key))
+	}
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.EISDIR) { // a directory is in its place
+		if err = s.quarantine(s.memoPath(info.Key), errors.New("a directory where a memo belongs")); err == nil {
+			err = os.Rename(file.Name(), s.memoPath(info.Key))
+		}
+	}
+	if err != nil {
+		os.Remove(file.Name())
+	}
+	return err
+}
