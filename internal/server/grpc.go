@@ -1,0 +1,295 @@
+package server
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"sort"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+const (
+	// maxMessageSize is the largest message that is accepted, and so bounds a chunk.
+	maxMessageSize = 4 << 20
+	// chunkSize is the most bytes of an artifact in one message that is sent.
+	chunkSize = 256 << 10
+
+	defaultPageSize = 1_000
+	maxPageSize     = 10_000
+)
+
+// newGRPC returns the gRPC side of s: artifacts, health and reflection.
+func (s *Server) newGRPC() *grpc.Server {
+	server := grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessageSize),
+		grpc.UnaryInterceptor(func(ctx context.Context, request any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (response any, err error) {
+			err = s.call(ctx, info.FullMethod, func() error {
+				response, err = next(ctx, request)
+				return err
+			})
+			return response, err
+		}),
+		grpc.StreamInterceptor(func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+			return s.call(stream.Context(), info.FullMethod, func() error { return next(service, stream) })
+		}),
+	)
+	cachev1.RegisterArtifactServiceServer(server, &artifactService{cache: s.cache, ready: s.notDraining})
+	healthpb.RegisterHealthServer(server, &healthService{s.health, s.Ready, s.draining})
+	reflection.Register(server)
+	return server
+}
+
+// call runs one gRPC call. What it returns is a status for the client; the error itself is logged.
+func (s *Server) call(ctx context.Context, method string, run func() error) (err error) {
+	defer func() {
+		// Unlike net/http, gRPC lets a panic end the process.
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+		// An error that is a status is gRPC's own; one that wraps a status is not.
+		if _, isStatus := err.(interface{ GRPCStatus() *status.Status }); err != nil && !isStatus {
+			f := faultOf(err)
+			s.logFault(ctx, method, f, err)
+			err = f.grpcStatus().Err()
+		}
+	}()
+	return run()
+}
+
+// artifactService speaks for the cache. Its errors are not statuses yet, so that the gateway, which
+// calls it directly, can say them in HTTP.
+type artifactService struct {
+	cachev1.UnimplementedArtifactServiceServer
+	cache *cache.Cache
+	ready func() error // returns an error while no more calls are taken
+}
+
+// key returns the key of a call, if the server takes it.
+func (a *artifactService) key(digits string) (artifact.Key, error) {
+	if err := a.ready(); err != nil {
+		return artifact.Key{}, err
+	}
+	return artifact.ParseKey(digits)
+}
+
+func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]) error {
+	first, err := stream.Recv()
+	if err == io.EOF {
+		return fmt.Errorf("%w: the stream has no message; the first must be a header", errInvalidRequest)
+	}
+	if err != nil {
+		return err
+	}
+	header := first.GetHeader()
+	if header == nil {
+		return fmt.Errorf("%w: the first message must be a header", errInvalidRequest)
+	}
+	key, err := a.key(header.GetCacheKey())
+	if err != nil {
+		return err
+	}
+	size := int64(cache.UnknownSize)
+	if header.Size != nil {
+		if size = header.GetSize(); size < 0 {
+			return fmt.Errorf("%w: size is %d; it must not be negative", errInvalidRequest, size)
+		}
+	}
+	info, err := a.cache.Put(stream.Context(), key, size, &chunkReader{stream: stream})
+	if err != nil {
+		return err
+	}
+	return stream.SendAndClose(&cachev1.PutArtifactResponse{Artifact: message(info)})
+}
+
+// chunkReader reads the chunks of an upload.
+type chunkReader struct {
+	stream grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]
+	chunk  []byte
+}
+
+func (c *chunkReader) Read(p []byte) (int, error) {
+	for len(c.chunk) == 0 {
+		request, err := c.stream.Recv()
+		if status.Code(err) == codes.ResourceExhausted {
+			return 0, fmt.Errorf("%w: a message is larger than the limit of %d bytes", errInvalidRequest, maxMessageSize)
+		}
+		if err != nil {
+			return 0, err
+		}
+		if _, isChunk := request.GetPayload().(*cachev1.PutArtifactRequest_Chunk); !isChunk {
+			return 0, fmt.Errorf("%w: every message behind the header must be a chunk", errInvalidRequest)
+		}
+		c.chunk = request.GetChunk()
+	}
+	n := copy(p, c.chunk)
+	c.chunk = c.chunk[n:]
+	return n, nil
+}
+
+func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, stream grpc.ServerStreamingServer[cachev1.GetArtifactResponse]) error {
+	key, err := a.key(request.GetCacheKey())
+	if err != nil {
+		return err
+	}
+	offset, length := request.GetOffset(), request.GetLength()
+	if offset < 0 || length < 0 {
+		return fmt.Errorf("%w: offset is %d and length %d; neither must be negative", errInvalidRequest, offset, length)
+	}
+	file, info, err := a.cache.Get(stream.Context(), key)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if offset > info.Size {
+		return fmt.Errorf("%w: offset is %d, but the artifact has %d bytes", errRange, offset, info.Size)
+	}
+	rest := info.Size - offset
+	if length == 0 || length > rest {
+		length = rest
+	}
+	if _, err := file.Seek(offset, io.SeekStart); err != nil {
+		return err
+	}
+	if err := stream.Send(&cachev1.GetArtifactResponse{Payload: &cachev1.GetArtifactResponse_Artifact{Artifact: message(info)}}); err != nil {
+		return err
+	}
+	for length > 0 {
+		chunk := make([]byte, min(length, chunkSize)) // gRPC may still hold the one before
+		if _, err := io.ReadFull(file, chunk); err != nil {
+			return fmt.Errorf("read artifact %s at its last %d bytes: %w", key, length, err)
+		}
+		if err := stream.Send(&cachev1.GetArtifactResponse{Payload: &cachev1.GetArtifactResponse_Chunk{Chunk: chunk}}); err != nil {
+			return err
+		}
+		length -= int64(len(chunk))
+	}
+	return nil
+}
+
+func (a *artifactService) StatArtifact(ctx context.Context, request *cachev1.StatArtifactRequest) (*cachev1.StatArtifactResponse, error) {
+	key, err := a.key(request.GetCacheKey())
+	if err != nil {
+		return nil, err
+	}
+	info, err := a.cache.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	return &cachev1.StatArtifactResponse{Artifact: message(info)}, nil
+}
+
+func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev1.ListArtifactFilesRequest) (*cachev1.ListArtifactFilesResponse, error) {
+	key, err := a.key(request.GetCacheKey())
+	if err != nil {
+		return nil, err
+	}
+	pageSize := int(request.GetPageSize())
+	switch {
+	case pageSize < 0:
+		return nil, fmt.Errorf("%w: page_size is %d; it must not be negative", errInvalidRequest, pageSize)
+	case pageSize == 0:
+		pageSize = defaultPageSize
+	case pageSize > maxPageSize:
+		pageSize = maxPageSize
+	}
+	// A page token is the last path of the page before.
+	after, err := base64.RawURLEncoding.DecodeString(request.GetPageToken())
+	if err != nil {
+		return nil, fmt.Errorf("%w: page_token is not one that this server gave out", errInvalidRequest)
+	}
+	files, err := a.cache.Files(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if len(after) > 0 {
+		files = files[sort.Search(len(files), func(i int) bool { return files[i].Path > string(after) }):]
+	}
+	response := &cachev1.ListArtifactFilesResponse{}
+	if len(files) > pageSize {
+		files = files[:pageSize]
+		response.NextPageToken = base64.RawURLEncoding.EncodeToString([]byte(files[pageSize-1].Path))
+	}
+	for _, f := range files {
+		response.Files = append(response.Files, &cachev1.ArtifactFile{Path: f.Path, Hash: f.Hash.String(), Size: f.Size})
+	}
+	return response, nil
+}
+
+// message returns what is known of an artifact as the wire contract says it.
+func message(info artifact.Info) *cachev1.Artifact {
+	return &cachev1.Artifact{
+		CacheKey:         info.Key.String(),
+		Hash:             info.Hash.String(),
+		Size:             info.Size,
+		UncompressedSize: info.UncompressedSize,
+		FileCount:        int64(info.FileCount),
+		PackageName:      info.PackageName,
+		TaskName:         info.TaskName,
+		Command:          info.Command,
+		CreatedAt:        timestamppb.New(info.CreatedAt),
+		StoredAt:         timestamppb.New(info.StoredAt),
+	}
+}
+
+// healthService is grpc.health.v1 that looks whether the server is ready when it is asked.
+type healthService struct {
+	*health.Server
+	ready    func(context.Context) error
+	draining <-chan struct{}
+}
+
+func (h *healthService) Check(ctx context.Context, request *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
+	h.look(ctx)
+	return h.Server.Check(ctx, request)
+}
+
+// Watch ends when the server drains, after it has said so, for it must not keep the server waiting.
+func (h *healthService) Watch(request *healthpb.HealthCheckRequest, stream grpc.ServerStreamingServer[healthpb.HealthCheckResponse]) error {
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	h.look(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- h.Server.Watch(request, &watchStream{stream, ctx}) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-h.draining:
+	}
+	cancel()
+	<-ended
+	if err := stream.Send(&healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING}); err != nil {
+		return err
+	}
+	return errDraining
+}
+
+// look finds out whether the server is ready.
+func (h *healthService) look(ctx context.Context) {
+	serving := healthpb.HealthCheckResponse_SERVING
+	if h.ready(ctx) != nil {
+		serving = healthpb.HealthCheckResponse_NOT_SERVING
+	}
+	h.SetServingStatus("", serving)
+	h.SetServingStatus(cachev1.ArtifactService_ServiceDesc.ServiceName, serving)
+}
+
+// watchStream is a stream with a context that ends before the stream's own.
+type watchStream struct {
+	grpc.ServerStreamingServer[healthpb.HealthCheckResponse]
+	ctx context.Context
+}
+
+func (w *watchStream) Context() context.Context { return w.ctx }

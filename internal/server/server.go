@@ -1,0 +1,308 @@
+// Package server speaks for a cache: REST and gRPC on one port, over HTTP/1.1 and clear-text HTTP/2,
+// mixed on one connection if a proxy does so.
+//
+//	listener ── net/http ─┬ application/grpc ──── grpc-go: ArtifactService, health, reflection
+//	                      └ http.ServeMux ─┬ raw bytes: rest.go
+//	                                       ├ JSON methods: grpc-gateway ── the same ArtifactService
+//	                                       └ /healthz, /readyz, /openapi.json
+//
+// Errors become statuses of both protocols in one table: status.go.
+//
+// Routing is net/http's own and not the gateway's mux, which splits every path, tries its patterns
+// one after the other, and knows neither Allow nor a request for a path it has with a verb behind a
+// colon; the gateway serves just the JSON methods. All routes stand in one list.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// Config configures a Server. Every duration and size must be positive.
+type Config struct {
+	// HeaderTimeout bounds the time in which a client must have sent the header of a request.
+	HeaderTimeout time.Duration
+	// IdleTimeout bounds the time that a connection may be kept without a request.
+	IdleTimeout time.Duration
+	// DrainSize is the most bytes that are read of the body of a refused HTTP/1.1 request, so that
+	// the client gets to read the answer.
+	DrainSize int64
+	// DrainTimeout bounds the time for that.
+	DrainTimeout time.Duration
+	// ShutdownTimeout bounds the time in which requests in flight may finish at shutdown.
+	ShutdownTimeout time.Duration
+}
+
+// DefaultConfig suits clients that give a request 30 seconds.
+var DefaultConfig = Config{
+	HeaderTimeout:   10 * time.Second,
+	IdleTimeout:     5 * time.Minute,
+	DrainSize:       1 << 30,
+	DrainTimeout:    30 * time.Second,
+	ShutdownTimeout: 30 * time.Second,
+}
+
+// Server serves a cache.
+type Server struct {
+	config   Config
+	cache    *cache.Cache
+	log      *slog.Logger
+	http     *http.Server
+	grpc     *grpc.Server
+	health   *health.Server
+	requests atomic.Int64  // in flight
+	draining chan struct{} // closed when Serve begins to shut down
+	idle     chan struct{} // told when there are no requests in flight while draining
+}
+
+// New returns a server for a cache.
+func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
+	s := &Server{config: config, cache: c, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
+	s.grpc = s.newGRPC()
+	rest := s.newREST()
+
+	protocols := &http.Protocols{}
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	s.http = &http.Server{
+		Protocols:         protocols,
+		ReadHeaderTimeout: config.HeaderTimeout,
+		IdleTimeout:       config.IdleTimeout,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler:           s.track(s.split(rest)),
+	}
+	return s
+}
+
+// split hands gRPC calls to grpc-go and all else to rest.
+func (s *Server) split(rest http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+			s.grpc.ServeHTTP(w, r)
+			return
+		}
+		defer func() {
+			if p := recover(); p != nil {
+				if p != http.ErrAbortHandler {
+					s.logFault(r.Context(), r.Method+" "+r.URL.Path, internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+				}
+				panic(http.ErrAbortHandler) // the answer may have begun, so all that is left is to cut it
+			}
+		}()
+		rest.ServeHTTP(w, r)
+	})
+}
+
+// track counts the requests in flight. While the server drains, it tells clients that keep a
+// connection open to use another one.
+func (s *Server) track(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.requests.Add(1)
+		defer func() {
+			if s.requests.Add(-1) == 0 && s.notDraining() != nil {
+				select {
+				case s.idle <- struct{}{}:
+				default: // told already
+				}
+			}
+		}()
+		if s.notDraining() != nil {
+			w.Header().Set("Connection", "close") // over HTTP/2, net/http makes a GOAWAY of it
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// Serve serves on a listener until ctx is done. Then it closes the listener, lets requests in flight
+// finish within Config.ShutdownTimeout, and cuts those that do not. It can be called once. In that time requests that still
+// come, on connections that are open, are refused with a status that says so.
+func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
+	failed := make(chan error, 1)
+	go func() { failed <- s.http.Serve(listener) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	s.log.Info("shutting down; requests in flight may finish", "requests", s.requests.Load(), "timeout", s.config.ShutdownTimeout)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.ShutdownTimeout)
+	defer cancel()
+	close(s.draining)
+	s.health.Shutdown()
+	listener.Close()
+	// http.Server.Shutdown would close idle connections now and drop what comes on the others
+	// without a word, so it comes only after the last request.
+	if s.requests.Load() > 0 {
+		select {
+		case <-s.idle:
+		case <-grace.Done():
+		}
+	}
+	err := s.http.Shutdown(grace)
+	if errors.Is(err, context.DeadlineExceeded) {
+		s.log.Warn("requests in flight did not finish in time and were cut", "requests", s.requests.Load())
+		err = s.http.Close()
+	}
+	// Not GracefulStop: behind ServeHTTP it would close streams at once, and net/http has waited.
+	s.grpc.Stop()
+	return err
+}
+
+// Ready returns an error that says why, if the server can't take uploads.
+func (s *Server) Ready(ctx context.Context) error {
+	if err := s.notDraining(); err != nil {
+		return err
+	}
+	return s.cache.Ready(ctx)
+}
+
+func (s *Server) notDraining() error {
+	select {
+	case <-s.draining:
+		return errDraining
+	default:
+		return nil
+	}
+}
+
+// route is one path over REST.
+type route struct {
+	method, path string
+	handle       http.HandlerFunc
+}
+
+func (s *Server) routes(gateway http.Handler) []route {
+	return []route{
+		{http.MethodPut, "/v1/artifacts/{cache_key}", s.whileServing(s.putArtifact)},
+		{http.MethodGet, "/v1/artifacts/{cache_key}", s.whileServing(s.getArtifact)},
+		{http.MethodHead, "/v1/artifacts/{cache_key}", s.whileServing(s.headArtifact)},
+		{http.MethodGet, "/v1/artifacts/{cache_key}/metadata", gateway.ServeHTTP},
+		{http.MethodGet, "/v1/artifacts/{cache_key}/files", gateway.ServeHTTP},
+		{http.MethodGet, "/healthz", s.healthz},
+		{http.MethodGet, "/readyz", s.readyz},
+		{http.MethodGet, "/openapi.json", s.openAPI},
+	}
+}
+
+// newREST returns the REST side of s.
+func (s *Server) newREST() http.Handler {
+	mux := http.NewServeMux()
+	allowed := map[string][]string{}
+	for _, route := range s.routes(s.newGateway()) {
+		mux.HandleFunc(route.method+" "+route.path, route.handle)
+		allowed[route.path] = append(allowed[route.path], route.method)
+	}
+	for path, methods := range allowed {
+		allow := strings.Join(methods, ", ")
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", allow)
+			s.refuse(w, r, fmt.Errorf("%w: use one of %s", errMethod, allow))
+		})
+	}
+	mux.HandleFunc("/", s.noRoute)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The mux would redirect to the clean path, but a path that needs cleaning is just unknown.
+		if clean := path.Clean(r.URL.Path); clean != r.URL.Path && clean+"/" != r.URL.Path {
+			s.noRoute(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// whileServing refuses requests that come on connections which are kept open while the server drains.
+func (s *Server) whileServing(handle http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if err := s.notDraining(); err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		handle(w, r)
+	}
+}
+
+func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
+	s.refuse(w, r, fmt.Errorf("%w: artifacts are at /v1/artifacts/{cache_key}, and /openapi.json describes the API", errNoRoute))
+}
+
+// newGateway returns the JSON methods.
+func (s *Server) newGateway() http.Handler {
+	gateway := runtime.NewServeMux(
+		runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.JSONPb{
+			MarshalOptions: protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true},
+		}),
+		runtime.WithErrorHandler(func(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, err error) {
+			if st, ok := status.FromError(err); ok && st.Code() == codes.InvalidArgument {
+				err = fmt.Errorf("%w: %s", errInvalidRequest, st.Message()) // the gateway's own, of a parameter
+			}
+			s.refuse(w, r, err)
+		}),
+	)
+	service := &artifactService{cache: s.cache, ready: s.notDraining}
+	if err := cachev1.RegisterArtifactServiceHandlerServer(context.Background(), gateway, service); err != nil {
+		panic(err) // two rules for one path: a programming error
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodHead { // net/http leaves the body out
+			r = r.Clone(r.Context())
+			r.Method = http.MethodGet
+		}
+		gateway.ServeHTTP(w, r)
+	})
+}
+
+// healthz says that the process serves requests.
+func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+}
+
+// readyz says whether the server can take uploads, and if not, why.
+func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
+	if err := s.Ready(r.Context()); err != nil {
+		f := faultOf(err)
+		f.status, f.sentence = http.StatusServiceUnavailable, sentence(err)
+		s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
+		writeFault(w, f)
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+}
+
+func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Write(cachev1.OpenAPI)
+}
+
+// logFault logs an error at the edge, where it becomes a status, and nowhere else: in full if it is
+// the server's own.
+func (s *Server) logFault(ctx context.Context, request string, f fault, err error) {
+	level := slog.LevelDebug
+	switch f.status {
+	case http.StatusInternalServerError:
+		level = slog.LevelError
+	case http.StatusInsufficientStorage, http.StatusServiceUnavailable:
+		level = slog.LevelWarn
+	case http.StatusUnprocessableEntity, http.StatusRequestEntityTooLarge:
+		level = slog.LevelInfo
+	}
+	s.log.Log(ctx, level, "request failed", "request", request, "status", f.status, "reason", f.reason, "error", err)
+}
