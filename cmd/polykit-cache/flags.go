@@ -1,0 +1,111 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/pflag"
+)
+
+// environmentName returns the environment variable of a flag.
+//
+// In a pod beside a Kubernetes Service called polykit-cache, the variables POLYKIT_CACHE_PORT,
+// POLYKIT_CACHE_SERVICE_HOST, POLYKIT_CACHE_PORT_8080_TCP and their like describe the Service. No
+// flag must read one of them.
+func environmentName(flag string) string {
+	if flag == "port" {
+		flag = "port-number"
+	}
+	return "POLYKIT_CACHE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// hasEnvironment says whether a flag can be set in the environment.
+func hasEnvironment(f *pflag.Flag) bool { return f.Name != "help" && f.Name != "version" }
+
+// describeEnvironment adds the environment variable of each flag to its help.
+func describeEnvironment(flags *pflag.FlagSet) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		if hasEnvironment(f) {
+			f.Usage += " [$" + environmentName(f.Name) + "]"
+		}
+	})
+}
+
+// setFromEnvironment sets the flags that the command line does not.
+func setFromEnvironment(flags *pflag.FlagSet) error {
+	var first error
+	flags.VisitAll(func(f *pflag.Flag) {
+		value := os.Getenv(environmentName(f.Name))
+		if first != nil || f.Changed || value == "" || !hasEnvironment(f) {
+			return
+		}
+		if err := f.Value.Set(value); err != nil {
+			first = usageError("invalid value %q of the environment variable %s: %w", value, environmentName(f.Name), err)
+		}
+		f.Changed = true
+	})
+	return first
+}
+
+// sizeFlag is a number of bytes, at least 1: plain, or with a unit of 1000 (kB, MB, GB) or 1024 (KiB,
+// MiB, GiB).
+type sizeFlag int64
+
+func (s *sizeFlag) String() string {
+	n, unit := int64(*s), 0
+	for n != 0 && n%1024 == 0 && unit < len(binaryUnits)-1 {
+		n /= 1024
+		unit++
+	}
+	if n == 0 {
+		return "" // not set
+	}
+	return strconv.FormatInt(n, 10) + binaryUnits[unit]
+}
+
+var binaryUnits = []string{"", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+
+func (s *sizeFlag) Set(text string) error {
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n == 0 || n > math.MaxInt64 {
+		return fmt.Errorf("not a size of at least 1 byte, such as 1073741824, 512MiB or 1GiB")
+	}
+	*s = sizeFlag(n)
+	return nil
+}
+
+func (s *sizeFlag) Type() string { return "size" }
+
+// choiceFlag is one of a few words.
+type choiceFlag struct {
+	value   string
+	choices []string
+}
+
+func (c *choiceFlag) String() string { return c.value }
+
+func (c *choiceFlag) Set(text string) error {
+	for _, choice := range c.choices {
+		if text == choice {
+			c.value = choice
+			return nil
+		}
+	}
+	return fmt.Errorf("not one of %s", strings.Join(c.choices, ", "))
+}
+
+func (c *choiceFlag) Type() string { return strings.Join(c.choices, "|") }
+
+// levels are the levels of the log, by name. slog has no name for trace.
+var levels = map[string]slog.Level{
+	"trace": slog.LevelDebug - 4,
+	"debug": slog.LevelDebug,
+	"info":  slog.LevelInfo,
+	"warn":  slog.LevelWarn,
+	"error": slog.LevelError,
+}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+const (
+	// progressDelay is how long something must take before its progress is shown.
+	progressDelay = time.Second
+	// progressInterval is how often it is shown.
+	progressInterval = 100 * time.Millisecond
+	// unknownTotal stands for a number of bytes that is not known beforehand.
+	unknownTotal = -1
+)
+
+// progressFunc begins to show the progress of something that takes total bytes, or unknownTotal.
+type progressFunc func(what string, total int64) *progress
+
+// progressFor returns what shows the progress of a command: on its standard error, if that is a
+// terminal and the output is for people.
+func progressFor(cmd *cobra.Command, asJSON bool) progressFunc {
+	var to io.Writer
+	if file, ok := cmd.ErrOrStderr().(*os.File); ok && !asJSON && term.IsTerminal(int(file.Fd())) {
+		to = file
+	}
+	return func(what string, total int64) *progress {
+		return &progress{to: to, what: what, total: total, showAt: time.Now().Add(progressDelay)}
+	}
+}
+
+// progress shows how many bytes were written to it.
+type progress struct {
+	to     io.Writer // nil if it is not shown
+	what   string
+	total  int64
+	showAt time.Time
+
+	mu      sync.Mutex // a transport may still read when an upload has ended
+	n       int64
+	bar     *progressbar.ProgressBar // nil until it is shown
+	stopped bool
+}
+
+func (p *progress) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.n += int64(len(b))
+	switch {
+	case p.to == nil || p.stopped:
+	case p.bar != nil:
+		p.bar.Add(len(b))
+	case time.Now().After(p.showAt):
+		p.bar = progressbar.NewOptions64(p.total,
+			progressbar.OptionSetWriter(p.to),
+			progressbar.OptionSetDescription(p.what),
+			progressbar.OptionShowCount(),
+			progressbar.OptionShowBytes(true),
+			progressbar.OptionShowTotalBytes(true),
+			progressbar.OptionUseIECUnits(true),
+			progressbar.OptionSetWidth(20),
+			progressbar.OptionThrottle(progressInterval),
+			progressbar.OptionSetSpinnerChangeInterval(0), // it would take a goroutine
+			progressbar.OptionClearOnFinish(),
+		)
+		p.bar.Add64(p.n)
+	}
+	return len(b), nil
+}
+
+// stop removes the progress from the terminal.
+func (p *progress) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.bar != nil && !p.stopped {
+		p.bar.Clear()
+	}
+	p.stopped = true
+}

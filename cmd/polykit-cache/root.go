@@ -1,0 +1,66 @@
+package main
+
+import (
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+const rootLong = `polykit-cache is a self-hosted remote cache for build artifacts.
+
+Without a command it serves: REST for Polykit and gRPC for other tools, on one port, over artifacts
+that were proved sound before they can be seen. The commands talk to a server that runs.
+
+Every flag can be set in the environment too; a flag on the command line wins.
+
+Exit status:
+  0  success
+  1  failure
+  2  wrong usage or a wrong setting
+  3  miss: the server has no artifact under the key
+  4  the server has an artifact under the key already`
+
+const rootExample = `  polykit-cache --storage-dir /var/cache/polykit --max-size 2GiB
+  polykit-cache put 0123456789abcdef0123456789abcdef dist/
+  polykit-cache get 0123456789abcdef0123456789abcdef --extract dist/`
+
+// rootCommand returns the whole command line.
+func rootCommand() *cobra.Command {
+	root := serveCommand()
+	root.Long = rootLong
+	root.Example = rootExample
+	root.Version = version()
+	root.SilenceErrors = true // run says them
+	root.SilenceUsage = true
+	root.SetVersionTemplate("polykit-cache {{.Version}}\n")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd.Flags()) }
+	root.AddCommand(clientCommands()...)
+	for _, cmd := range append(root.Commands(), root) {
+		describeEnvironment(cmd.Flags())
+		if args := cmd.Args; args != nil {
+			cmd.Args = func(cmd *cobra.Command, given []string) error {
+				if err := args(cmd, given); err != nil {
+					return usageError("%w; see %s --help", err, cmd.CommandPath())
+				}
+				return nil
+			}
+		}
+	}
+	return root
+}
+
+// version returns the version that the binary was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	version := info.Main.Version
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" && version == "(devel)" {
+			version += " " + setting.Value
+		}
+	}
+	return version + " " + info.GoVersion
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/disk"
+	"github.com/polykit/polykit-cache/internal/server"
+)
+
+// unpackedRatio is how many times --max-size an artifact may unpack to if --max-unpacked-size does
+// not say.
+const unpackedRatio = 16
+
+// serveConfig is all that can be set of a server. The flags document it.
+type serveConfig struct {
+	storageDir      string
+	bind            string
+	port            int
+	maxSize         sizeFlag
+	maxUnpackedSize sizeFlag
+	maxWindow       sizeFlag
+	maxFiles        int
+	maxPathLength   int
+	maxMetadataSize sizeFlag
+	maxManifestSize sizeFlag
+	logLevel        choiceFlag
+	logFormat       choiceFlag
+	server          server.Config
+	drainSize       sizeFlag
+}
+
+func serveCommand() *cobra.Command {
+	limits := artifact.DefaultLimits
+	c := serveConfig{
+		maxSize:         1 << 30,
+		maxWindow:       sizeFlag(limits.Window),
+		maxMetadataSize: sizeFlag(limits.MetadataSize),
+		maxManifestSize: sizeFlag(limits.ManifestSize),
+		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
+		logFormat:       choiceFlag{"text", []string{"text", "json"}},
+		server:          server.DefaultConfig,
+		drainSize:       sizeFlag(server.DefaultConfig.DrainSize),
+	}
+	cmd := &cobra.Command{
+		Use:   "polykit-cache",
+		Short: "Remote cache for build artifacts",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := c.complete(); err != nil {
+				return err
+			}
+			return c.serve(cmd.Context(), cmd.OutOrStdout())
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
+	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
+	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
+	f.Var(&c.maxSize, "max-size", "most bytes of an artifact as uploaded")
+	f.Var(&c.maxUnpackedSize, "max-unpacked-size", fmt.Sprintf("most bytes that an artifact may unpack to (default %d times --max-size)", unpackedRatio))
+	f.Var(&c.maxWindow, "max-window", "largest zstd window that an artifact may need; bounds the memory of an upload")
+	f.IntVar(&c.maxFiles, "max-files", limits.Files, "most files and directories in an artifact")
+	f.IntVar(&c.maxPathLength, "max-path-length", limits.PathLength, "most bytes in the path of a file in an artifact")
+	f.Var(&c.maxMetadataSize, "max-metadata-size", "most bytes in an artifact's metadata.json")
+	f.Var(&c.maxManifestSize, "max-manifest-size", "most bytes in an artifact's manifest.json, and in all its paths together")
+	f.DurationVar(&c.server.HeaderTimeout, "header-timeout", c.server.HeaderTimeout, "time in which a client must have sent the header of a request")
+	f.DurationVar(&c.server.IdleTimeout, "idle-timeout", c.server.IdleTimeout, "time that a connection is kept without a request")
+	f.Var(&c.drainSize, "drain-size", "most bytes read of the body of a refused upload, so that the client reads the answer")
+	f.DurationVar(&c.server.DrainTimeout, "drain-timeout", c.server.DrainTimeout, "time for reading that")
+	f.DurationVar(&c.server.ShutdownTimeout, "shutdown-timeout", c.server.ShutdownTimeout, "time that requests in flight get to finish after SIGINT or SIGTERM")
+	f.Var(&c.logLevel, "log-level", "least level that is logged")
+	f.Var(&c.logFormat, "log-format", "format of the log")
+	return cmd
+}
+
+// complete checks the settings and fills in those that depend on others.
+func (c *serveConfig) complete() error {
+	if c.port < 0 || c.port > math.MaxUint16 {
+		return usageError("--port is %d; it must be from 0 to %d", c.port, math.MaxUint16)
+	}
+	if c.storageDir == "" {
+		return usageError("--storage-dir is empty; give the directory that artifacts are to be stored in")
+	}
+	if _, err := net.ResolveIPAddr("ip", c.bind); err != nil || c.bind == "" {
+		return usageError("--bind is %q; it must be an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::", c.bind)
+	}
+	for flag, n := range map[string]int{"max-files": c.maxFiles, "max-path-length": c.maxPathLength} {
+		if n < 1 {
+			return usageError("--%s is %d; it must be at least 1", flag, n)
+		}
+	}
+	for flag, d := range map[string]time.Duration{
+		"header-timeout":   c.server.HeaderTimeout,
+		"idle-timeout":     c.server.IdleTimeout,
+		"drain-timeout":    c.server.DrainTimeout,
+		"shutdown-timeout": c.server.ShutdownTimeout,
+	} {
+		if d <= 0 {
+			return usageError("--%s is %v; it must be more than 0", flag, d)
+		}
+	}
+	if c.maxUnpackedSize == 0 {
+		c.maxUnpackedSize = sizeFlag(math.MaxInt64)
+		if c.maxSize < math.MaxInt64/unpackedRatio {
+			c.maxUnpackedSize = c.maxSize * unpackedRatio
+		}
+	}
+	c.server.DrainSize = int64(c.drainSize)
+	return nil
+}
+
+// serve serves until ctx is done.
+func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
+	options := &slog.HandlerOptions{Level: levels[c.logLevel.value], ReplaceAttr: nameTrace}
+	log := slog.New(slog.NewTextHandler(logTo, options))
+	if c.logFormat.value == "json" {
+		log = slog.New(slog.NewJSONHandler(logTo, options))
+	}
+	verifier := artifact.NewVerifier(artifact.Limits{
+		UnpackedSize: int64(c.maxUnpackedSize),
+		Window:       int64(c.maxWindow),
+		Files:        c.maxFiles,
+		PathLength:   c.maxPathLength,
+		MetadataSize: int64(c.maxMetadataSize),
+		ManifestSize: int64(c.maxManifestSize),
+	})
+	store, err := disk.Open(disk.Config{Dir: c.storageDir, Verifier: verifier, Log: log})
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	listener, err := net.Listen("tcp", net.JoinHostPort(c.bind, strconv.Itoa(c.port)))
+	if err != nil {
+		return err
+	}
+	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.maxSize)}), c.server, log)
+	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.maxSize.String(), "version", version())
+	if err := s.Serve(ctx, listener); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+func nameTrace(_ []string, attr slog.Attr) slog.Attr {
+	if level, ok := attr.Value.Any().(slog.Level); ok && attr.Key == slog.LevelKey && level == levels["trace"] {
+		return slog.String(slog.LevelKey, "TRACE")
+	}
+	return attr
+}
