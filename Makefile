@@ -1,0 +1,85 @@
+# Tools are pinned, each group in a module file of its own so that what they need stays out of
+# go.mod. They are built from the module cache when they are first used; nothing is installed.
+# To move one to another version: go get -modfile=.tools/X.mod -tool PACKAGE@VERSION
+BUF         := go tool -modfile=.tools/buf.mod buf
+STATICCHECK := go tool -modfile=.tools/lint.mod staticcheck
+
+.PHONY: help
+help: ## Say what there is to make (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: ## Run the server from source; give it flags with ARGS="--flag value"
+	go run ./cmd/polykit-cache $(ARGS)
+
+.PHONY: build
+build: ## Build the static binary, bin/polykit-cache
+	CGO_ENABLED=0 go build -trimpath -o bin/polykit-cache ./cmd/polykit-cache
+
+# The race detector needs cgo, which go turns off by itself on a machine without a C compiler.
+# Tests that were not raced are better than none there, but not in CI, where nobody would notice.
+.PHONY: test
+test: ## Run all tests, with the race detector where there is a C compiler
+	@if [ "$$(go env CGO_ENABLED)" = 1 ]; then \
+		set -x; go test -race ./...; \
+	elif [ "$$CI" = true ]; then \
+		echo "make test: the race detector needs a C compiler, and in CI it is not optional: install gcc" >&2; exit 1; \
+	else \
+		echo "make test: no C compiler, so WITHOUT the race detector; install gcc to have it" >&2; \
+		set -x; go test ./...; \
+	fi
+
+.PHONY: check
+check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
+
+.PHONY: lint
+lint: ## Check formatting, go vet, staticcheck and buf lint
+	@offenders=$$(gofmt -l .) && if [ -n "$$offenders" ]; then \
+		echo "not formatted, run gofmt -w on:" >&2; echo "$$offenders" >&2; exit 1; \
+	fi
+	go vet ./...
+	$(STATICCHECK) ./...
+	$(BUF) lint
+
+.PHONY: generate
+generate: ## Generate gen/ from proto/
+	$(BUF) generate
+
+.PHONY: bench
+bench: ## Run all benchmarks
+	go test -run='^$$' -bench=. -benchmem ./...
+
+.PHONY: clean
+clean: ## Remove what was built, but no stored artifact
+	rm -rf bin
+
+# Parts of check.
+
+.PHONY: tidy
+tidy:
+	go mod tidy -diff
+
+# Compared in a directory of its own, so that a check changes nothing and needs no git.
+.PHONY: fresh
+fresh:
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(BUF) generate --output "$$fresh" && \
+	if diff -r gen "$$fresh/gen"; then echo "gen/ is fresh"; else \
+		echo "gen/ is not what proto/ generates: run make generate and commit gen/" >&2; exit 1; \
+	fi
+
+# An archive and not buf's own git input, which can't see remote branches: a CI checkout of another
+# branch has no main but origin/main.
+.PHONY: breaking
+breaking:
+	@ref=$$(git for-each-ref --sort=-refname --count=1 --format='%(refname)' refs/heads/main refs/remotes/origin/main); \
+	if [ -z "$$ref" ]; then \
+		echo "buf breaking: skipped, there is no main to compare with"; \
+	elif [ -z "$$(git ls-tree "$$ref" proto/)" ]; then \
+		echo "buf breaking: skipped, $$ref has no proto yet"; \
+	else \
+		main=$$(mktemp -d) && trap 'rm -rf "$$main"' EXIT && \
+		git archive --output "$$main/main.tar" "$$ref" buf.yaml proto && \
+		$(BUF) breaking --against "$$main/main.tar" && \
+		echo "buf breaking: nothing is broken since $$ref"; \
+	fi
