@@ -81,7 +81,10 @@ func parseManifest(text []byte, limits Limits) (manifest, error) {
 
 // add lists a file.
 func (m *manifest) add(name, hash string, limits Limits) error {
-	path, err := cleanPath(name, limits.PathLength)
+	if n := limits.PathLength; len(name) > n {
+		return unsound(RuleLimit, manifestName, "lists %s, but the path is longer than the limit of %d bytes", quote(name), n)
+	}
+	path, err := cleanPath(name)
 	if err != nil {
 		return unsound(RulePath, manifestName, "lists %s, but the path %w", quote(name), err)
 	}

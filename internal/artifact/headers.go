@@ -74,7 +74,7 @@ func (h *headers) follow(p []byte) error {
 // step reads a block that is there as a whole.
 func (h *headers) step(b *[blockSize]byte) error {
 	if h.begin {
-		h.begin = false
+		h.begin, h.skip = false, blocks(h.size)-blockSize
 		if b[0] == 0 {
 			return errors.New("has a long name that is empty")
 		}
@@ -99,16 +99,19 @@ func (h *headers) step(b *[blockSize]byte) error {
 	if !gnu && !ustar {
 		return errors.New("has a header that is neither of the ustar nor of the GNU form")
 	}
+	if b[0] == 0 { // BusyBox takes it for the end
+		return errors.New("has a header without a name")
+	}
 	sum := int64(8 * ' ') // in place of the checksum itself
 	for i, c := range b {
 		if i < 148 || i >= 156 {
 			sum += int64(c)
 		}
 	}
-	if n, err := headerNumber(b[148:156]); err != nil || n != sum {
+	if n, err := octal(b[148:156]); err != nil || n != sum {
 		return errors.New("has a header with a wrong checksum")
 	}
-	size, err := headerNumber(b[124:136])
+	size, err := sizeOf(b)
 	if err != nil {
 		return errors.New("has a header with a malformed size")
 	}
@@ -122,7 +125,7 @@ func (h *headers) step(b *[blockSize]byte) error {
 		if size == 0 {
 			return errors.New("has a long name that is empty")
 		}
-		h.longName, h.begin, h.skip = size, true, h.skip-blockSize
+		h.longName, h.begin, h.skip = size, true, 0
 	case tar.TypeXHeader:
 		if h.pax >= 0 {
 			return errors.New("has two pax headers for one entry")
@@ -200,22 +203,27 @@ func paxRecordSize(keyword, value string) int64 {
 	return int64(rest + len(strconv.Itoa(size)))
 }
 
-// headerNumber reads a number of a tar header: octal digits between spaces and NULs, or in GNU's
-// base 256.
-func headerNumber(field []byte) (int64, error) {
-	if field[0] == 0x80 {
-		high, low := field[1:len(field)-8], binary.BigEndian.Uint64(field[len(field)-8:])
-		if !isZero(high) || low >= 1<<62 {
-			return 0, strconv.ErrRange
-		}
-		return int64(low), nil
-	}
+// octal reads a number of a tar header: octal digits between spaces and NULs. A field of NULs is 0.
+func octal(field []byte) (int64, error) {
 	if isZero(field) {
 		return 0, nil
 	}
 	digits := bytes.TrimLeft(bytes.TrimRight(field, " \x00"), " ")
-	n, err := strconv.ParseUint(string(digits), 8, 62)
+	n, err := strconv.ParseUint(string(digits), 8, 63)
 	return int64(n), err
+}
+
+// sizeOf reads the size in a tar header, which may also be in GNU's base 256.
+func sizeOf(header *[blockSize]byte) (int64, error) {
+	field := header[124:136]
+	if field[0] != 0x80 {
+		return octal(field)
+	}
+	n := binary.BigEndian.Uint64(field[4:])
+	if !isZero(field[1:4]) || n >= 1<<62 { // so that blocks does not overflow
+		return 0, strconv.ErrRange
+	}
+	return int64(n), nil
 }
 
 // blocks returns how many bytes content of this size takes in an archive.

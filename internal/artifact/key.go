@@ -45,14 +45,11 @@ type Digest [32]byte
 
 // ParseDigest returns the digest that s writes as 64 lower-case hexadecimal digits.
 func ParseDigest(s string) (Digest, error) {
-	var d Digest
-	if len(s) != hex.EncodedLen(len(d)) || strings.ToLower(s) != s {
-		return d, errors.New("not 64 lower-case hexadecimal digits")
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(Digest{}) || strings.ToLower(s) != s {
+		return Digest{}, errors.New("not 64 lower-case hexadecimal digits")
 	}
-	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
-		return d, errors.New("not 64 lower-case hexadecimal digits")
-	}
-	return d, nil
+	return Digest(b), nil
 }
 
 // String returns the digest as 64 lower-case hexadecimal digits.

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -51,7 +52,10 @@ func Pack(w io.Writer, dir fs.FS, key Key, m Metadata) (*Contents, error) {
 	if err := archive.Close(); err != nil {
 		return nil, err
 	}
-	return c, encoder.Close()
+	if err := encoder.Close(); err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
 // scan lists the files in dir, and their permissions by path.
@@ -65,13 +69,8 @@ func scan(dir fs.FS) (*Contents, map[string]fs.FileMode, error) {
 		if !entry.Type().IsRegular() {
 			return fmt.Errorf("%s is not a regular file, and an artifact can hold nothing else: remove it, or pack a copy without it", path)
 		}
-		if clean, err := cleanPath(path, DefaultLimits.PathLength); err != nil {
+		if err := packable(path); err != nil {
 			return fmt.Errorf("%s cannot be packed: its path %w", quote(path), err)
-		} else if clean != path {
-			return fmt.Errorf("%s cannot be packed: its path contains a backslash, which stands for a slash in an artifact", quote(path))
-		}
-		if !utf8.ValidString(path) {
-			return fmt.Errorf("%s cannot be packed: its path is not valid UTF-8", quote(path))
 		}
 		info, err := entry.Info()
 		if err != nil {
@@ -89,6 +88,22 @@ func scan(dir fs.FS) (*Contents, map[string]fs.FileMode, error) {
 	})
 	sortFiles(c.Files) // which is not the order in which a directory is walked: "a-b" comes before "a/b"
 	return c, modes, err
+}
+
+// packable returns what makes a path one that an artifact cannot hold, as the rest of a sentence.
+func packable(path string) error {
+	clean, err := cleanPath(path)
+	switch {
+	case err != nil:
+		return err
+	case clean != path:
+		return errors.New("contains a backslash, which stands for a slash in an artifact")
+	case !utf8.ValidString(path):
+		return errors.New("is not valid UTF-8")
+	case len(path) > DefaultLimits.PathLength:
+		return fmt.Errorf("is longer than the limit of %d bytes", DefaultLimits.PathLength)
+	}
+	return nil
 }
 
 // hashFile copies the file at path to w.

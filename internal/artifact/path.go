@@ -9,11 +9,9 @@ import (
 
 // cleanPath returns a path below outputs/ with "/" for separators, or says why it is not safe to
 // extract anywhere, as the rest of a sentence.
-func cleanPath(path string, maxLength int) (string, error) {
+func cleanPath(path string) (string, error) {
 	path = strings.ReplaceAll(path, `\`, "/")
 	switch {
-	case len(path) > maxLength:
-		return "", fmt.Errorf("is longer than the limit of %d bytes", maxLength)
 	case path == "":
 		return "", errors.New("is empty")
 	case strings.Contains(path, "\x00"):

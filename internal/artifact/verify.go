@@ -183,7 +183,10 @@ func (a *archive) entry(h *tar.Header) error {
 	if h.Typeflag == tar.TypeDir {
 		path = strings.TrimSuffix(path, "/")
 	}
-	path, err := cleanPath(path, a.verifier.limits.PathLength)
+	if n := a.verifier.limits.PathLength; len(path) > n {
+		return unsound(RuleLimit, quote(h.Name), "has a path that is longer than the limit of %d bytes", n)
+	}
+	path, err := cleanPath(path)
 	if err != nil {
 		return unsound(RulePath, quote(h.Name), "is not safe to extract: its path %w", err)
 	}
@@ -388,7 +391,8 @@ func (a *archive) fileBelow(dir string) (string, bool) {
 }
 
 // source remembers the error of the reader that an artifact comes from. It passes on bytes that came
-// with an error before the error, so that what is wrong with them is found first.
+// with an error before the error, so that what is wrong with them is found first. It gives up on a
+// reader that reads nothing again and again, where the decoder would go on for ever.
 type source struct {
 	r       io.Reader
 	pending error // comes with the next Read
@@ -396,13 +400,17 @@ type source struct {
 }
 
 func (s *source) Read(p []byte) (n int, err error) {
-	if err = s.pending; err == nil {
-		n, err = s.r.Read(p)
-		s.pending = err
+	for try := 0; n == 0 && s.pending == nil; try++ {
+		if try == 100 {
+			s.pending = io.ErrNoProgress
+			break
+		}
+		n, s.pending = s.r.Read(p)
 	}
 	if n > 0 {
 		return n, nil
 	}
+	err = s.pending
 	if err != io.EOF {
 		s.err = err
 	}
