@@ -1,0 +1,66 @@
+package internal_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/polykit/polykit-cache/"
+
+// mayImport says which packages of this module, and whether gRPC, each package may import. Programs
+// and tests may import any.
+var mayImport = map[string][]string{
+	"gen/polykit/cache/v1": {"google.golang.org/grpc"},
+	"internal/artifact":    nil,
+	"internal/cache":       {"internal/artifact"},
+	"internal/disk":        {"internal/artifact", "internal/cache"},
+	"internal/cachetest":   {"internal/artifact", "internal/cache"},
+	"internal/server":      {"internal/artifact", "internal/cache", "gen/polykit/cache/v1", "google.golang.org/grpc"},
+	"internal/client":      {"internal/artifact", "gen/polykit/cache/v1", "google.golang.org/grpc"},
+}
+
+// TestImports pins that imports point one way.
+func TestImports(t *testing.T) {
+	if err := filepath.WalkDir("..", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if entry.IsDir() && strings.HasPrefix(entry.Name(), ".") && path != ".." {
+			return fs.SkipDir
+		}
+		if strings.HasSuffix(path, "_test.go") || filepath.Ext(path) != ".go" {
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+		if err != nil || file.Name.Name == "main" {
+			return err
+		}
+		name, err := filepath.Rel("..", filepath.Dir(path))
+		if err != nil {
+			return err
+		}
+		allowed, known := mayImport[filepath.ToSlash(name)]
+		if !known {
+			t.Errorf("%s: say in mayImport what this package may import", path)
+		}
+		for _, spec := range file.Imports {
+			imported, _ := strconv.Unquote(spec.Path.Value)
+			imported, ours := strings.CutPrefix(imported, module)
+			if strings.HasPrefix(imported, "google.golang.org/grpc") {
+				imported, ours = "google.golang.org/grpc", true
+			}
+			if ours && !slices.Contains(allowed, imported) {
+				t.Errorf("%s: must not import %s", path, imported)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
