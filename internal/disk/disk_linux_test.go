@@ -1,0 +1,271 @@
+package disk_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/cachetest"
+)
+
+const nobody = 65534
+
+// asNobody runs f without the right to do what permissions forbid, which root has.
+func asNobody(t *testing.T, f func()) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		f()
+		return
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := syscall.Setfsuid(nobody); err != nil { // of this thread only
+		t.Fatal(err)
+	}
+	defer syscall.Setfsuid(0)
+	f()
+}
+
+// openForAll opens a store in a directory that nobody may look into, too.
+func openForAll(t *testing.T) rig {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return open(t, dir)
+}
+
+// run runs a child, whose test decides.
+func run(t *testing.T, command *exec.Cmd) {
+	t.Helper()
+	var output bytes.Buffer
+	command.Args = append(command.Args, "-test.v")
+	command.Stdout, command.Stderr = &output, &output
+	if err := command.Start(); err != nil {
+		t.Skip("no process in namespaces of its own:", err)
+	}
+	if err := command.Wait(); err != nil {
+		t.Errorf("the test in the other process failed: %v\n%s", err, &output)
+	}
+	if strings.Contains(output.String(), "--- SKIP") {
+		t.Skipf("the test in the other process was skipped:\n%s", &output)
+	}
+}
+
+// chown gives files to nobody if the test is root's.
+func chown(t *testing.T, paths ...string) {
+	t.Helper()
+	for _, path := range paths {
+		if os.Getuid() == 0 {
+			if err := os.Chown(path, nobody, -1); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func TestUnreadable(t *testing.T) {
+	for _, first := range []firstAsk{firstAsks[0], firstAsks[2]} { // Stat goes by the memo
+		t.Run(first.name, func(t *testing.T) {
+			r := openForAll(t)
+			r.put(t, key, content)
+			mkdir(t, r.path(".polykit-cache/quarantine"))
+			chown(t, r.path("01/23"), r.path(".polykit-cache/quarantine"))
+			if err := os.Chmod(r.path(zstName), 0); err != nil {
+				t.Fatal(err)
+			}
+			asNobody(t, func() {
+				for range 2 {
+					if err := first.ask(t, r); err != cache.ErrNotFound {
+						t.Errorf("%s returned %v, want %v", first.name, err, cache.ErrNotFound)
+					}
+				}
+			})
+			if found := r.quarantined(t)[digits+".txt"]; !strings.HasSuffix(found, ": permission denied\n") {
+				t.Errorf("quarantined for %q", found)
+			}
+			r.lacks(t, key)
+		})
+	}
+}
+
+func TestCheckReadOnly(t *testing.T) {
+	r := openForAll(t)
+	if err := os.Chmod(r.path("tmp"), 0o555); err != nil {
+		t.Fatal(err)
+	}
+	asNobody(t, func() {
+		err := r.Ready(t.Context())
+		if !errors.Is(err, os.ErrPermission) || !strings.HasPrefix(err.Error(), "storage directory can't be written: ") {
+			t.Errorf("Check of a directory that can't be written returned %v", err)
+		}
+		if _, err := r.Put(t.Context(), key, -1, bytes.NewReader(content)); !errors.Is(err, os.ErrPermission) {
+			t.Errorf("Put returned %v", err)
+		}
+	})
+	if err := os.Chmod(r.path("tmp"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Ready(t.Context()); err != nil {
+		t.Error("Check of a directory that can be written again:", err)
+	}
+}
+
+// TestNoSpace uses a file system of its own, in a process that may mount one: where users may make
+// namespaces, that is any.
+func TestNoSpace(t *testing.T) {
+	dir := os.Getenv(childVariable)
+	if dir == "" {
+		command := child(t, t.TempDir())
+		command.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		}
+		run(t, command)
+		return
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=512k"); err != nil {
+		t.Skip("mount:", err)
+	}
+	r := open(t, dir)
+	r.put(t, key, content)
+
+	other := cachetest.Key("other")
+	large := cachetest.Random(other, 600_000)
+	if _, err := r.Put(t.Context(), other, -1, bytes.NewReader(large)); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Put of what does not fit returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	r.tmpIsEmpty(t)
+	if err := r.Ready(t.Context()); err != nil {
+		t.Error("Check of a store with room for less:", err)
+	}
+	small := cachetest.Random(other, 1000)
+	r.put(t, other, small)
+	r.serves(t, other, small)
+
+	filler, err := os.Create(filepath.Join(dir, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = filler.Write(make([]byte, 4096))
+	}
+	if err := r.Ready(t.Context()); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Check of a full store returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	if _, err := r.Put(t.Context(), cachetest.Key("third"), -1, bytes.NewReader(large)); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Put into a full store returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	r.serves(t, key, content)
+	removeAll(t, r.path(jsonName)) // whose room is too little for a new one
+	if err := os.WriteFile(filepath.Join(dir, "filler 2"), make([]byte, 4096), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r.serves(t, key, content)
+
+	filler.Close()
+	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal("remount:", err)
+	}
+	if err := r.Ready(t.Context()); !errors.Is(err, syscall.EROFS) {
+		t.Errorf("Check of a read-only store returned %v, want %v", err, syscall.EROFS)
+	}
+	if got, _, err := r.get(t, key); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("Get from a read-only store returned %d bytes, %v", len(got), err)
+	}
+}
+
+// TestTooManyFiles runs in a process of its own, since it lowers the process's limit.
+func TestTooManyFiles(t *testing.T) {
+	dir := os.Getenv(childVariable)
+	if dir == "" {
+		run(t, child(t, t.TempDir()))
+		return
+	}
+	r := open(t, dir)
+	r.put(t, key, content)
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	limit.Cur = 64
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	taken := []*os.File{}
+	for {
+		file, err := os.Open(os.DevNull)
+		if err != nil {
+			break
+		}
+		taken = append(taken, file)
+	}
+	stored := map[artifact.Key]bool{}
+	for spare := range 6 {
+		other := cachetest.Key(fmt.Sprint(spare))
+		_, _, getErr := r.get(t, key)
+		_, putErr := r.Put(t.Context(), other, -1, bytes.NewReader(cachetest.Random(other, 100)))
+		stored[other] = putErr == nil
+		for what, err := range map[string]error{"Get": getErr, "Put": putErr, "Check": r.Ready(t.Context())} {
+			// With some files to spare this or that works.
+			if !errors.Is(err, cache.ErrOverloaded) && (err != nil || spare == 0) {
+				t.Errorf("with %d files to spare %s returned %v, want %v", spare, what, err, cache.ErrOverloaded)
+			}
+		}
+		taken[spare].Close()
+	}
+	for _, file := range taken[6:] {
+		file.Close()
+	}
+	for key, stored := range stored {
+		if stored {
+			r.serves(t, key, cachetest.Random(key, 100))
+		} else {
+			r.lacks(t, key)
+		}
+	}
+	r.serves(t, key, content)
+	if found := r.quarantined(t); len(found) != 0 {
+		t.Errorf("in quarantine: %q", found)
+	}
+}
+
+// TestFilesAreClosed asks for what is damaged, foreign or missing, and counts the files that are open.
+func TestFilesAreClosed(t *testing.T) {
+	r := open(t, t.TempDir())
+	askAll := func() {
+		for _, damaged := range [][]byte{content[:2000], nil} {
+			for _, first := range firstAsks {
+				write(t, r.path(zstName), damaged)
+				if err := first.ask(t, r); err != cache.ErrNotFound {
+					t.Errorf("%s returned %v, want %v", first.name, err, cache.ErrNotFound)
+				}
+			}
+		}
+		mkdir(t, r.path(zstName))
+		if _, _, err := r.get(t, key); err != cache.ErrNotFound {
+			t.Errorf("Get returned %v, want %v", err, cache.ErrNotFound)
+		}
+		r.lacks(t, key)
+		removeAll(t, r.path("01"))
+	}
+	askAll()
+	before := len(list(t, "/proc/self/fd"))
+	for range 10 {
+		askAll()
+	}
+	if after := len(list(t, "/proc/self/fd")); after > before {
+		t.Errorf("%d files were left open", after-before)
+	}
+}

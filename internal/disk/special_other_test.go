@@ -1,0 +1,8 @@
+//go:build !unix
+
+package disk_test
+
+var (
+	specialMemos     []foundTest
+	specialArtifacts []damagedTest
+)
