@@ -9,7 +9,6 @@ import (
 	"sort"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
@@ -123,9 +122,6 @@ type chunkReader struct {
 func (c *chunkReader) Read(p []byte) (int, error) {
 	for len(c.chunk) == 0 {
 		request, err := c.stream.Recv()
-		if status.Code(err) == codes.ResourceExhausted {
-			return 0, fmt.Errorf("%w: a message is larger than the limit of %d bytes", errInvalidRequest, maxMessageSize)
-		}
 		if err != nil {
 			return 0, err
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strconv"
 	"time"
 
@@ -69,14 +70,15 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 		s.refuse(w, r, fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size))
 	}}
 	http.ServeContent(d, r, "", info.StoredAt, content)
-	if r.Method == http.MethodHead || d.err() == nil {
+	err := d.cutShort()
+	if r.Method == http.MethodHead || err == nil {
 		return
 	}
 	f := internal
-	if size, err := content.Seek(0, io.SeekEnd); err == nil && size == info.Size {
-		f = faultOf(context.Canceled) // the content is all there, so it was the client that left
+	if d.left {
+		f = faultOf(context.Canceled)
 	}
-	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, d.err())
+	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
 	panic(http.ErrAbortHandler) // a short answer must not look like a whole one
 }
 
@@ -85,15 +87,16 @@ type download struct {
 	http.ResponseWriter
 	refuse func() // answers a range that can't be satisfied
 
-	refused  bool
-	sent     int64
-	writeErr error
+	refused bool
+	sent    int64
+	err     error // of sending the content
+	left    bool  // the error is the client's, not the store's
 }
 
 func (d *download) WriteHeader(status int) {
 	if status == http.StatusRequestedRangeNotSatisfiable {
 		d.refused = true
-		for _, name := range []string{"X-Artifact-Hash", "ETag", "Last-Modified"} {
+		for _, name := range []string{"X-Artifact-Hash", "ETag", "Last-Modified", "X-Content-Type-Options"} {
 			d.Header().Del(name) // of another answer
 		}
 		d.refuse()
@@ -107,31 +110,49 @@ func (d *download) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	n, err := d.ResponseWriter.Write(p)
-	d.count(int64(n), err)
-	return n, err
-}
-
-// ReadFrom lets net/http use sendfile(2).
-func (d *download) ReadFrom(r io.Reader) (int64, error) {
-	n, err := io.Copy(d.ResponseWriter, r)
-	d.count(n, err)
-	return n, err
-}
-
-func (d *download) count(n int64, err error) {
-	d.sent += n
+	d.sent += int64(n)
 	if err != nil {
-		d.writeErr = err
+		d.err, d.left = err, true
 	}
+	return n, err
 }
 
-// err returns an error if less was sent than the header says.
-func (d *download) err() error {
+// ReadFrom lets net/http use sendfile(2) where it can. Where it can't, Write tells which errors are
+// the client's.
+func (d *download) ReadFrom(r io.Reader) (n int64, err error) {
+	file := fileOf(r)
+	if _, sends := d.ResponseWriter.(io.ReaderFrom); !sends || file == nil {
+		n, err = io.Copy(struct{ io.Writer }{d}, r)
+	} else {
+		n, err = io.Copy(d.ResponseWriter, r)
+		d.sent += n
+		if err != nil {
+			_, unreadable := file.Read(make([]byte, 1)) // where the sending stopped
+			d.left = unreadable == nil
+		}
+	}
+	if err != nil {
+		d.err = err
+	}
+	return n, err
+}
+
+// fileOf returns the file that http.ServeContent copies from, or nil if it is something else.
+func fileOf(r io.Reader) *os.File {
+	if part, ok := r.(*io.LimitedReader); ok {
+		r = part.R
+	}
+	file, _ := r.(*os.File)
+	return file
+}
+
+// cutShort returns an error if less was sent than the header says.
+func (d *download) cutShort() error {
 	want, err := strconv.ParseInt(d.Header().Get("Content-Length"), 10, 64)
 	if d.refused || err != nil || d.sent == want {
 		return nil
 	}
-	return errors.Join(fmt.Errorf("sent %d of %d bytes", d.sent, want), d.writeErr)
+	return errors.Join(fmt.Errorf("sent %d of %d bytes", d.sent, want), d.err)
 }
 
 // refuse answers a request with an error, and sees to it that a client which is still sending its
@@ -152,9 +173,28 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	connection.EnableFullDuplex() // or an HTTP/1 answer would wait for the body
 	writeFault(w, f)
 	connection.Flush()
-	connection.SetReadDeadline(time.Now().Add(s.config.DrainTimeout))
-	io.CopyN(io.Discard, r.Body, s.config.DrainSize)
+	end := time.Now().Add(s.config.DrainTimeout)
+	connection.SetReadDeadline(end)
+	buf := make([]byte, drainBuffer)
+	for left := s.config.DrainSize; left > 0; {
+		if pause := time.Now().Add(drainPause); r.ProtoMajor > 1 && pause.Before(end) {
+			connection.SetReadDeadline(pause)
+		}
+		n, err := r.Body.Read(buf)
+		if err != nil {
+			return
+		}
+		left -= int64(n)
+	}
 }
+
+const (
+	drainBuffer = 32 << 10
+	// drainPause is how long a client may be silent before it is taken to send no more, over HTTP/2.
+	// There some clients stop in the middle of the body when they see that they are refused, and wait
+	// for the end of the stream, which net/http sends only when the handler returns.
+	drainPause = 200 * time.Millisecond
+)
 
 // writeFault writes a fault as every error is written over REST.
 func writeFault(w http.ResponseWriter, f fault) {

@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"path"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
 )
 
@@ -149,6 +151,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	close(s.draining)
 	s.health.Shutdown()
 	listener.Close()
+	<-failed // or Shutdown would close the listener once more, and fail
 	// http.Server.Shutdown would close idle connections now and drop what comes on the others
 	// without a word, so it comes only after the last request.
 	if s.requests.Load() > 0 {
@@ -212,6 +215,12 @@ func (s *Server) newREST() http.Handler {
 		allowed[route.path] = append(allowed[route.path], route.method)
 	}
 	for path, methods := range allowed {
+		// As the mux has it, what answers GET answers HEAD too.
+		if slices.Contains(methods, http.MethodGet) && !slices.Contains(methods, http.MethodHead) {
+			allowed[path] = append(methods, http.MethodHead)
+		}
+	}
+	for path, methods := range allowed {
 		allow := strings.Join(methods, ", ")
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", allow)
@@ -221,7 +230,7 @@ func (s *Server) newREST() http.Handler {
 	mux.HandleFunc("/", s.noRoute)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// The mux would redirect to the clean path, but a path that needs cleaning is just unknown.
-		if clean := path.Clean(r.URL.Path); clean != r.URL.Path && clean+"/" != r.URL.Path {
+		if clean := path.Clean(r.URL.Path); clean != r.URL.Path && (clean == "/" || clean+"/" != r.URL.Path) {
 			s.noRoute(w, r)
 			return
 		}
@@ -262,6 +271,12 @@ func (s *Server) newGateway() http.Handler {
 		panic(err) // two rules for one path: a programming error
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The gateway takes a path apart after it was unescaped, and does not find a key with a slash.
+		if digits := r.PathValue("cache_key"); strings.Contains(digits, "/") {
+			_, err := artifact.ParseKey(digits)
+			s.refuse(w, r, err)
+			return
+		}
 		if r.Method == http.MethodHead { // net/http leaves the body out
 			r = r.Clone(r.Context())
 			r.Method = http.MethodGet
