@@ -109,7 +109,9 @@ func (c *apiCase) run(t *testing.T, m mouth) {
 		response, body := c.rest.do(t, s, m.rest(t, s))
 		c.checkREST(t, response, body)
 	} else {
-		got, err := c.grpc(t.Context(), cachev1.NewArtifactServiceClient(m.grpc(t, s)))
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		got, err := c.grpc(ctx, cachev1.NewArtifactServiceClient(m.grpc(t, s)))
 		c.checkGRPC(t, got, err)
 	}
 	if c.then != nil {
@@ -150,7 +152,9 @@ func (r *restRequest) to(t *testing.T, s *testServer) *http.Request {
 // do sends the request, and returns the response with its body.
 func (r *restRequest) do(t *testing.T, s *testServer, transport http.RoundTripper) (*http.Response, []byte) {
 	t.Helper()
-	response, err := transport.RoundTrip(r.to(t, s))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	response, err := transport.RoundTrip(r.to(t, s).WithContext(ctx))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -42,7 +42,9 @@ func (s *Server) newGRPC() *grpc.Server {
 			return response, err
 		}),
 		grpc.StreamInterceptor(func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-			return s.call(stream.Context(), info.FullMethod, func() error { return next(service, stream) })
+			ctx := stream.Context()
+			messages := ctx.Value(messagesKey{}).(*messages)
+			return s.call(ctx, info.FullMethod, func() error { return next(service, &messageStream{stream, messages}) })
 		}),
 	)
 	cachev1.RegisterArtifactServiceServer(server, &artifactService{cache: s.cache, ready: s.notDraining})

@@ -44,6 +44,8 @@ type setup struct {
 	store cache.Store
 	// maxSize is the most bytes of an artifact; 0 means 64 MiB.
 	maxSize int64
+	// change changes the server's settings. It may be nil.
+	change func(*server.Config)
 }
 
 // testServer is a server on a port of its own.
@@ -78,6 +80,9 @@ func startServer(t *testing.T, setup setup) *testServer {
 	s.cache = cache.New(s.store, verifier, cache.Config{MaxSize: setup.maxSize})
 	config := server.DefaultConfig
 	config.ShutdownTimeout = 10 * time.Second
+	if setup.change != nil {
+		setup.change(&config)
+	}
 	s.Server = server.New(s.cache, config, slog.New(s.log))
 
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -113,6 +118,10 @@ func (l countingListener) Accept() (net.Conn, error) {
 	}
 	return conn, err
 }
+
+// patience is how long a request or call may take, on a busy machine too. It is less than the time in
+// which the server gives up on anything, so a test notices if the server waits for that.
+const patience = 25 * time.Second
 
 // put stores an artifact, not through a socket.
 func (s *testServer) put(t *testing.T, key artifact.Key, content []byte) {
@@ -162,6 +171,12 @@ func (r *recorder) Handle(_ context.Context, record slog.Record) error {
 	defer r.mu.Unlock()
 	r.lines = append(r.lines, logLine{record.Level, text})
 	return nil
+}
+
+func (r *recorder) clear() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lines = nil
 }
 
 // find returns the lines of a level, and those above it, that contain text.

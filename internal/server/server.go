@@ -99,7 +99,7 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 func (s *Server) split(rest http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
-			s.grpc.ServeHTTP(w, r)
+			s.grpc.ServeHTTP(w, readByMessage(r))
 			return
 		}
 		defer func() {

@@ -1,0 +1,101 @@
+package server
+
+import (
+	"context"
+	"encoding/binary"
+	"io"
+	"net/http"
+	"sync"
+
+	"google.golang.org/grpc"
+)
+
+const (
+	// messagePrefix is the length of what stands before each message of gRPC over HTTP/2: a flag and
+	// the length of the message.
+	messagePrefix = 5
+	// messagesAhead is how many messages may be read before they are asked for. A call that is not a
+	// stream asks for none, but has one and then looks for the end.
+	messagesAhead = 2
+)
+
+// messages is the body of a gRPC call, read message by message.
+//
+// Behind ServeHTTP, grpc-go reads the body as fast as it comes and keeps all of it until it is asked
+// for: a client that sends faster than artifacts are verified would fill the memory. It also spends a
+// buffer of 16 KiB on each read, however little that brings. So a message is read only when it is
+// about to be asked for, and each read but a message's last fills its buffer. HTTP/2's own flow
+// control then makes the client wait.
+type messages struct {
+	io.ReadCloser
+	left   int64         // bytes of the message that are still to be read
+	wanted chan struct{} // holds one for each message that may be read
+	closed chan struct{}
+	close  func()
+}
+
+type messagesKey struct{}
+
+// readByMessage returns a call of which the body is read message by message, when the server's
+// handlers ask for them.
+func readByMessage(r *http.Request) *http.Request {
+	m := &messages{
+		ReadCloser: r.Body,
+		wanted:     make(chan struct{}, messagesAhead+1),
+		closed:     make(chan struct{}),
+	}
+	m.close = sync.OnceFunc(func() { close(m.closed) })
+	for range messagesAhead {
+		m.want()
+	}
+	r = r.WithContext(context.WithValue(r.Context(), messagesKey{}, m))
+	r.Body = m
+	return r
+}
+
+// want lets one more message be read.
+func (m *messages) want() {
+	select {
+	case m.wanted <- struct{}{}:
+	default: // it may already, since a message was asked for that did not come
+	}
+}
+
+// Read reads into a buffer that has room for a prefix at least, as all of grpc-go's have.
+func (m *messages) Read(p []byte) (int, error) {
+	if m.left == 0 {
+		select {
+		case <-m.wanted:
+		case <-m.closed:
+			return 0, io.EOF
+		}
+		n, err := io.ReadFull(m.ReadCloser, p[:messagePrefix])
+		if n == messagePrefix {
+			m.left = int64(binary.BigEndian.Uint32(p[1:]))
+		}
+		return n, err
+	}
+	if m.left > maxMessageSize { // grpc-go refuses it for its prefix
+		<-m.closed
+		return 0, io.EOF
+	}
+	n, err := io.ReadFull(m.ReadCloser, p[:min(int64(len(p)), m.left)])
+	m.left -= int64(n)
+	return n, err
+}
+
+func (m *messages) Close() error {
+	m.close()
+	return m.ReadCloser.Close()
+}
+
+// messageStream is a stream that says when it asks for a message.
+type messageStream struct {
+	grpc.ServerStream
+	messages *messages
+}
+
+func (s *messageStream) RecvMsg(message any) error {
+	s.messages.want()
+	return s.ServerStream.RecvMsg(message)
+}
