@@ -6,6 +6,7 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -201,8 +202,13 @@ func files(page func(token string) (*cachev1.ListArtifactFilesResponse, error)) 
 
 // source is what an upload is read from. It remembers the reader's own fault, which the transports
 // report as one of theirs, and that the reader is not used any more.
+//
+// Its Read returns when ctx is done even if the reader's does not, as when standard input has nothing
+// to say: net/http does not give a request up before its body's Read has returned.
 type source struct {
+	ctx    context.Context
 	r      io.Reader
+	buf    []byte
 	size   int64 // or UnknownSize
 	n      int64
 	closed chan struct{}
@@ -212,14 +218,14 @@ type source struct {
 	err error // the reader's
 }
 
-func newSource(r io.Reader, size int64) *source {
-	s := &source{r: r, size: size, closed: make(chan struct{})}
+func newSource(ctx context.Context, r io.Reader, size int64) *source {
+	s := &source{ctx: ctx, r: r, size: size, closed: make(chan struct{})}
 	s.close = sync.OnceFunc(func() { close(s.closed) })
 	return s
 }
 
 func (s *source) Read(p []byte) (int, error) {
-	n, err := s.r.Read(p)
+	n, err := s.read(p)
 	s.n += int64(n)
 	switch {
 	case s.size == UnknownSize:
@@ -232,6 +238,28 @@ func (s *source) Read(p []byte) (int, error) {
 		s.mu.Unlock()
 	}
 	return n, err
+}
+
+// read reads in another goroutine, and waits for it no longer than until ctx is done.
+func (s *source) read(p []byte) (int, error) {
+	if len(s.buf) < len(p) {
+		s.buf = make([]byte, len(p)) // not p, which is the caller's again when this has returned
+	}
+	type result struct {
+		n   int
+		err error
+	}
+	buf, done := s.buf[:len(p)], make(chan result, 1)
+	go func() {
+		n, err := s.r.Read(buf)
+		done <- result{n, err}
+	}()
+	select {
+	case read := <-done:
+		return copy(p, buf[:read.n]), read.err
+	case <-s.ctx.Done():
+		return 0, s.ctx.Err()
+	}
 }
 
 // fault returns the reader's own fault.

@@ -107,7 +107,7 @@ func (c *GRPC) Put(ctx context.Context, key artifact.Key, size int64, r io.Reade
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
-		if err := send(stream, key, size, newSource(r, size)); err != nil {
+		if err := send(stream, key, size, newSource(ctx, r, size)); err != nil {
 			cancel(err)
 			return
 		}

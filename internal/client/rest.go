@@ -74,7 +74,9 @@ func (c *REST) Close() error {
 // Put uploads an artifact of size bytes, or of UnknownSize, from r. If it succeeds it has read r to
 // its end; if not, it may still use r.
 func (c *REST) Put(ctx context.Context, key artifact.Key, size int64, r io.Reader) error {
-	body := newSource(r, size)
+	reading, stop := context.WithCancel(ctx)
+	defer stop()
+	body := newSource(reading, r, size)
 	request := c.request(ctx, http.MethodPut, "v1", "artifacts", key.String())
 	request.Body = body
 	request.ContentLength = size

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// eachFlag calls f with every flag that can be set in the environment.
+func eachFlag(f func(cmd *cobra.Command, flag *pflag.Flag)) {
+	root := rootCommand()
+	for _, cmd := range append(root.Commands(), root) {
+		cmd.Flags().VisitAll(func(flag *pflag.Flag) {
+			if hasEnvironment(flag) {
+				f(cmd, flag)
+			}
+		})
+	}
+}
+
+func TestEnvironmentNames(t *testing.T) {
+	t.Parallel()
+	for flag, want := range map[string]string{
+		"port":              "POLYKIT_CACHE_PORT_NUMBER",
+		"storage-dir":       "POLYKIT_CACHE_STORAGE_DIR",
+		"max-unpacked-size": "POLYKIT_CACHE_MAX_UNPACKED_SIZE",
+		"server":            "POLYKIT_CACHE_SERVER",
+		"grpc":              "POLYKIT_CACHE_GRPC",
+		"json":              "POLYKIT_CACHE_JSON",
+	} {
+		if got := environmentName(flag); got != want {
+			t.Errorf("--%s has %s, want %s", flag, got, want)
+		}
+	}
+}
+
+// Beside a Kubernetes Service called polykit-cache, or polykit-cache-ANYTHING, a container has
+// variables of these names.
+func TestEnvironmentNamesAreNotThoseOfKubernetes(t *testing.T) {
+	t.Parallel()
+	kubernetes := regexp.MustCompile(`^POLYKIT_CACHE(_.*)?(_SERVICE_HOST|_SERVICE_PORT(_.*)?|_PORT|_PORT_[0-9].*)$`)
+	for name, want := range map[string]bool{
+		"POLYKIT_CACHE_PORT":                   true,
+		"POLYKIT_CACHE_PORT_8080_TCP":          true,
+		"POLYKIT_CACHE_PORT_8080_TCP_ADDR":     true,
+		"POLYKIT_CACHE_SERVICE_HOST":           true,
+		"POLYKIT_CACHE_SERVICE_PORT":           true,
+		"POLYKIT_CACHE_SERVICE_PORT_HTTP":      true,
+		"POLYKIT_CACHE_MAX_SERVICE_PORT":       true,
+		"POLYKIT_CACHE_METRICS_PORT":           true,
+		"POLYKIT_CACHE_METRICS_PORT_1_UDP_TCP": true,
+		"POLYKIT_CACHE_PORT_NUMBER":            false,
+		"POLYKIT_CACHE_SERVER":                 false,
+	} {
+		if got := kubernetes.MatchString(name); got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+	}
+	flags := 0
+	eachFlag(func(cmd *cobra.Command, flag *pflag.Flag) {
+		flags++
+		if name := environmentName(flag.Name); kubernetes.MatchString(name) {
+			t.Errorf("%s --%s reads %s, which Kubernetes may set", cmd.Name(), flag.Name, name)
+		}
+	})
+	if flags < 20 {
+		t.Errorf("looked at %d flags only", flags)
+	}
+}
+
+func TestHelpNamesTheEnvironmentOfEveryFlag(t *testing.T) {
+	t.Parallel()
+	eachFlag(func(cmd *cobra.Command, flag *pflag.Flag) {
+		args := []string{cmd.Name(), "--help"}
+		if !cmd.HasParent() {
+			args = args[1:]
+		}
+		_, stdout, _ := polykit(t, args...)
+		line := regexp.MustCompile(`(?m)--` + flag.Name + `\b.*\[\$` + environmentName(flag.Name) + `\]`)
+		if !line.MatchString(stdout) {
+			t.Errorf("%s does not name %s", strings.Join(args, " "), environmentName(flag.Name))
+		}
+	})
+}
+
+func TestEveryCommandHasHelp(t *testing.T) {
+	t.Parallel()
+	for _, cmd := range clientCommands() {
+		if cmd.Short == "" || cmd.Long == "" || cmd.Example == "" {
+			t.Errorf("%s lacks a part of its help", cmd.Name())
+		}
+		for line := range strings.Lines(cmd.Long) {
+			if len(line) > 99 {
+				t.Errorf("%s: a line of its help is too long: %s", cmd.Name(), line)
+			}
+		}
+	}
+}

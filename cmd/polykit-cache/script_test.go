@@ -1,0 +1,204 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"encoding/pem"
+	"errors"
+	"io"
+	"net"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"polykit-cache": main})
+}
+
+// TestScripts runs the scripts in testdata/script against the real program. Those of the client run
+// once over REST and once over gRPC.
+func TestScripts(t *testing.T) {
+	for _, suite := range []struct {
+		name, files string
+		env         []string
+	}{
+		{"pack", "testdata/script/pack.txtar", nil},
+		{"server", "testdata/script/server_*.txtar", nil},
+		{"rest", "testdata/script/client_*.txtar", nil},
+		{"grpc", "testdata/script/client_*.txtar", []string{"POLYKIT_CACHE_GRPC=true"}},
+	} {
+		t.Run(suite.name, func(t *testing.T) {
+			files, err := filepath.Glob(suite.files)
+			if err != nil || len(files) == 0 {
+				t.Fatalf("no scripts %s: %v", suite.files, err)
+			}
+			testscript.Run(t, testscript.Params{
+				Files: files,
+				Setup: func(env *testscript.Env) error {
+					// With -race every process would sleep for a second at its end.
+					env.Vars = append(env.Vars, "GORACE=atexit_sleep_ms=0")
+					env.Vars = append(env.Vars, suite.env...)
+					env.Values[testingTB{}] = env.T()
+					return nil
+				},
+				Cmds: map[string]func(*testscript.TestScript, bool, []string){
+					"exits":    scriptExits,
+					"refused":  scriptRefused,
+					"server":   scriptServer,
+					"tlsproxy": scriptTLSProxy,
+				},
+			})
+		})
+	}
+}
+
+type testingTB struct{}
+
+// scriptExits is "exits STATUS COMMAND...": the command exits with the status.
+func scriptExits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS COMMAND...")
+	}
+	status := 0
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		exit, ok := errors.AsType[*exec.ExitError](err)
+		if !ok {
+			ts.Fatalf("%v", err)
+		}
+		status = exit.ExitCode()
+	}
+	if want := args[0]; strconv.Itoa(status) != want {
+		ts.Fatalf("exit status %d, want %s", status, want)
+	}
+}
+
+// scriptRefused is "refused STATUS REGEXP COMMAND...": the command exits with the status, and says
+// nothing but one line, which the expression matches as a whole, on standard error.
+func scriptRefused(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 3 {
+		ts.Fatalf("usage: refused STATUS REGEXP COMMAND...")
+	}
+	scriptExits(ts, false, append([]string{args[0]}, args[2:]...))
+	if stdout := ts.ReadFile("stdout"); stdout != "" {
+		ts.Fatalf("standard output is %q, want nothing", stdout)
+	}
+	line, err := regexp.Compile("^polykit-cache: " + args[1] + "\n$")
+	ts.Check(err)
+	if stderr := ts.ReadFile("stderr"); !line.MatchString(stderr) || strings.Count(stderr, "\n") != 1 {
+		ts.Fatalf("standard error is %q, want one line that matches %q", stderr, line)
+	}
+}
+
+// scriptServer is "server [NAME=VALUE...] [FLAG...]": it starts a server on $WORK/store and sets
+// $SERVER to its URL, and $POLYKIT_CACHE_SERVER for the client. At the end of the script the server
+// gets SIGTERM and must exit with status 0.
+func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
+	if neg {
+		ts.Fatalf("usage: server [NAME=VALUE...] [FLAG...]")
+	}
+	env := append(os.Environ(), "GORACE="+ts.Getenv("GORACE"))
+	for len(args) > 0 && strings.Contains(args[0], "=") && !strings.HasPrefix(args[0], "-") {
+		env, args = append(env, args[0]), args[1:]
+	}
+	cmd := exec.Command("polykit-cache", append([]string{"--port=0", "--storage-dir", ts.MkAbs("store")}, args...)...)
+	cmd.Env = env
+	stdout, err := cmd.StdoutPipe()
+	ts.Check(err)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	ts.Check(cmd.Start())
+	address, rest := readAddress(stdout)
+	ts.Defer(func() {
+		t := ts.Value(testingTB{}).(testing.TB)
+		cmd.Process.Signal(syscall.SIGTERM)
+		log := <-rest
+		if err := cmd.Wait(); err != nil || !strings.Contains(log, "stopped") {
+			t.Errorf("the server ended with %v; its log:\n%s%s", err, log, stderr.String())
+		}
+	})
+	if address == "" {
+		ts.Fatalf("the server does not listen: %s", stderr.String())
+	}
+	ts.Setenv("SERVER", "http://"+address)
+	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+address)
+}
+
+// readAddress reads the log of a server until it says the address that the server listens on, and
+// goes on reading in the background: the whole log comes when the server has ended.
+func readAddress(log io.Reader) (string, <-chan string) {
+	expression := regexp.MustCompile(`\blistening"?[ ,]"?address"?[=:]"?([0-9.]+:[0-9]+)`)
+	var text strings.Builder
+	reader := bufio.NewReader(log)
+	address := ""
+	for address == "" {
+		line, err := reader.ReadString('\n')
+		text.WriteString(line)
+		if match := expression.FindStringSubmatch(line); match != nil {
+			address = match[1]
+		}
+		if err != nil {
+			break
+		}
+	}
+	all := make(chan string, 1)
+	go func() {
+		io.Copy(&text, reader)
+		all <- text.String()
+	}()
+	return address, all
+}
+
+// scriptTLSProxy is "tlsproxy": it puts a proxy with TLS in front of $SERVER, sets $TLSADDRESS to its
+// address, and lets the commands trust it.
+func scriptTLSProxy(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: tlsproxy")
+	}
+	template := httptest.NewTLSServer(nil) // for its certificate
+	template.Close()
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: template.Certificate().Raw})
+	ts.Check(os.WriteFile(ts.MkAbs("ca.pem"), certificate, 0o644))
+	ts.Setenv("SSL_CERT_FILE", ts.MkAbs("ca.pem"))
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
+		Certificates: template.TLS.Certificates,
+		NextProtos:   []string{"h2", "http/1.1"},
+	})
+	ts.Check(err)
+	ts.Defer(func() { listener.Close() })
+	backend := strings.TrimPrefix(ts.Getenv("SERVER"), "http://")
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go tunnel(conn, backend)
+		}
+	}()
+	ts.Setenv("TLSADDRESS", listener.Addr().String())
+}
+
+// tunnel passes bytes both ways until one side ends.
+func tunnel(client net.Conn, address string) {
+	defer client.Close()
+	server, err := net.Dial("tcp", address)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	go func() {
+		io.Copy(server, client)
+		server.Close()
+	}()
+	io.Copy(client, server)
+}
