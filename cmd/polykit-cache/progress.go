@@ -9,6 +9,8 @@ import (
 	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/polykit/polykit-cache/internal/client"
 )
 
 const (
@@ -17,7 +19,7 @@ const (
 	// progressInterval is how often it is shown.
 	progressInterval = 100 * time.Millisecond
 	// unknownTotal stands for a number of bytes that is not known beforehand.
-	unknownTotal = -1
+	unknownTotal = client.UnknownSize
 )
 
 // progressFunc begins to show the progress of something that takes total bytes, or unknownTotal.

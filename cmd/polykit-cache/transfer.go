@@ -102,9 +102,9 @@ func (t *transfer) attempt(ctx context.Context) error {
 			return err
 		}
 	}
-	total := int64(unknownTotal)
-	if t.size != client.UnknownSize {
-		total = t.size - t.n
+	total := t.size
+	if total != unknownTotal {
+		total -= t.n
 	}
 	bar := t.progress("downloading", total)
 	defer bar.stop()

@@ -145,7 +145,7 @@ func (f *frames) header(b []byte) error {
 		}
 	}
 	if window > uint64(f.window) {
-		return unsound(RuleLimit, zstdStream, "needs a window of %s, over the limit of %s", formatSize(window), formatSize(f.window))
+		return unsound(RuleLimit, zstdStream, "needs a window of %d bytes, over the limit of %d", window, f.window)
 	}
 	for _, b := range b[windowLength:][:dictionaryLength] {
 		if b != 0 {

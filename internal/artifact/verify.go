@@ -489,4 +489,4 @@ func (d *decoded) end(buf []byte) error {
 	}
 }
 
-func formatSize[N int64 | uint64](n N) string { return humanize.IBytes(uint64(n)) }
+func formatSize(n int64) string { return humanize.IBytes(uint64(n)) }

@@ -118,7 +118,7 @@ func TestVerifyTestdata(t *testing.T) {
 	}
 
 	_, err := verify(readTestdata(t, "window-16m"), cachetest.Key("testdata"))
-	wantUnsound(t, err, artifact.RuleLimit, "the zstd stream needs a window of 16 MiB, over the limit of 8.0 MiB")
+	wantUnsound(t, err, artifact.RuleLimit, "the zstd stream needs a window of 16777216 bytes, over the limit of 8388608")
 
 	entries, err := os.ReadDir("testdata")
 	if err != nil {
@@ -296,7 +296,11 @@ func TestLimits(t *testing.T) {
 		{"window", stored,
 			func(l *artifact.Limits) { l.Window = 2 << 20 },
 			func(l *artifact.Limits) { l.Window = 2<<20 - 1 },
-			artifact.RuleLimit, "the zstd stream needs a window of 2.0 MiB, over the limit of 2.0 MiB"},
+			artifact.RuleLimit, "the zstd stream needs a window of 2097152 bytes, over the limit of 2097151"},
+		{"window, a single segment", slices.Concat([]byte("\x28\xB5\x2F\xFD\x60\x00\x11\x01\x90\x00"), tar), // says 256 + 0x1100 bytes
+			func(l *artifact.Limits) { l.Window = 4608 },
+			func(l *artifact.Limits) { l.Window = 4607 },
+			artifact.RuleLimit, "the zstd stream needs a window of 4608 bytes, over the limit of 4607"},
 		{"unpacked size", stored,
 			func(l *artifact.Limits) { l.UnpackedSize = 4608 },
 			func(l *artifact.Limits) { l.UnpackedSize = 4607 },

@@ -269,13 +269,13 @@ func unsoundStreams(key artifact.Key) []Unsound {
 		{"less content than the frame says", frame("\x20\x03\x11\x00\x00\x00\x00"), rule,
 			"the zstd stream is corrupt: frame size does not match size on stream"},
 		{"window over the limit", frame("\x00\x69\x01\x00\x00"), artifact.RuleLimit,
-			"the zstd stream needs a window of 9.0 MiB, over the limit of 8.0 MiB"},
+			"the zstd stream needs a window of 9437184 bytes, over the limit of 8388608"},
 		{"single segment over the window limit", frame("\xA0\x00\x00\x90\x00\x01\x00\x00"), artifact.RuleLimit,
-			"the zstd stream needs a window of 9.0 MiB, over the limit of 8.0 MiB"},
+			"the zstd stream needs a window of 9437184 bytes, over the limit of 8388608"},
 		{"largest window", frame("\x00\xFF\x01\x00\x00"), artifact.RuleLimit,
-			"the zstd stream needs a window of 3.8 TiB, over the limit of 8.0 MiB"},
+			"the zstd stream needs a window of 4123168604160 bytes, over the limit of 8388608"},
 		{"largest single segment", frame("\xE0\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01\x00\x00"), artifact.RuleLimit,
-			"the zstd stream needs a window of 16 EiB, over the limit of 8.0 MiB"},
+			"the zstd stream needs a window of 18446744073709551615 bytes, over the limit of 8388608"},
 	}
 }
 
