@@ -74,6 +74,16 @@ func (r *remoteFlags) connect() (remote, error) {
 	return conn, nil
 }
 
+// connectFor is connect for a command about the artifact under a key.
+func (r *remoteFlags) connectFor(digits string) (remote, artifact.Key, error) {
+	key, err := parseKey(digits)
+	if err != nil {
+		return nil, key, err
+	}
+	server, err := r.connect()
+	return server, key, err
+}
+
 // parseKey returns the key that an argument or a flag names.
 func parseKey(text string) (artifact.Key, error) {
 	key, err := artifact.ParseKey(text)

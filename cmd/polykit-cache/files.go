@@ -34,11 +34,7 @@ func filesCommand() *cobra.Command {
 		Example: filesExample,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key, err := parseKey(args[0])
-			if err != nil {
-				return err
-			}
-			server, err := flags.connect()
+			server, key, err := flags.connectFor(args[0])
 			if err != nil {
 				return err
 			}

@@ -60,10 +60,7 @@ func getCommand() *cobra.Command {
 			if err := g.check(); err != nil {
 				return err
 			}
-			if g.key, err = parseKey(args[0]); err != nil {
-				return err
-			}
-			if g.server, err = flags.connect(); err != nil {
+			if g.server, g.key, err = flags.connectFor(args[0]); err != nil {
 				return err
 			}
 			defer g.server.Close()

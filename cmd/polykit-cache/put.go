@@ -42,11 +42,7 @@ func putCommand() *cobra.Command {
 		Example: putExample,
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key, err := parseKey(args[0])
-			if err != nil {
-				return err
-			}
-			server, err := flags.connect()
+			server, key, err := flags.connectFor(args[0])
 			if err != nil {
 				return err
 			}
