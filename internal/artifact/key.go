@@ -40,6 +40,9 @@ func ParseKey(s string) (Key, error) {
 // String returns the key's digits, lower-case.
 func (k Key) String() string { return k.digits }
 
+// MarshalText returns the key's digits, lower-case.
+func (k Key) MarshalText() ([]byte, error) { return []byte(k.digits), nil }
+
 // Digest is a SHA-256 digest (FIPS 180-4).
 type Digest [32]byte
 

@@ -1,6 +1,7 @@
 package artifact_test
 
 import (
+	"encoding/json"
 	"errors"
 	"strings"
 	"testing"
@@ -74,5 +75,16 @@ func TestParseDigest(t *testing.T) {
 		if d, err := artifact.ParseDigest(s); err == nil || d != (artifact.Digest{}) {
 			t.Errorf("%q: got %s, %v; want an error", s, d, err)
 		}
+	}
+}
+
+// TestKeyAsText proves that a key is shown by its digits, in a log of JSON too.
+func TestKeyAsText(t *testing.T) {
+	key, err := artifact.ParseKey("0123456789ABCDEF0123456789abcdef")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, err := json.Marshal(map[string]any{"key": key}); string(text) != `{"key":"0123456789abcdef0123456789abcdef"}` || err != nil {
+		t.Errorf("got %s, %v", text, err)
 	}
 }

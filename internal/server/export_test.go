@@ -11,3 +11,9 @@ func (s *Server) Routes() []string {
 	}
 	return routes
 }
+
+// Requests returns how many requests are in flight.
+func (s *Server) Requests() int { return int(s.requests.Load()) }
+
+// Download returns w as a download of an artifact writes to it.
+func Download(w http.ResponseWriter) http.ResponseWriter { return &download{ResponseWriter: w} }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 
@@ -194,6 +195,60 @@ func checkCutShort(t *testing.T, s *testServer, r *restRequest, transport http.R
 		t.Errorf("the answer ended with %v; want the stream reset with INTERNAL_ERROR", err)
 	case length > 0 && response.ContentLength != int64(length):
 		t.Errorf("Content-Length is %d; want %d", response.ContentLength, length)
+	}
+}
+
+// TestFileCutMidDownload proves the same of an artifact on disk, which net/http sends by sendfile(2),
+// and that an artifact which was cut so is a miss from then on.
+func TestFileCutMidDownload(t *testing.T) {
+	a := cachetest.Key("a")
+	content := cachetest.Random(a, 16<<20) // more than sockets buffer
+	for _, m := range mouths {
+		t.Run(m.name, func(t *testing.T) {
+			s := startServer(t, setup{})
+			s.put(t, a, content)
+			cut := func() {
+				if err := os.Truncate(s.path(a), 15<<20); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if m.rest != nil {
+				transport := m.rest(t, s)
+				response, err := transport.RoundTrip(get(keyA).to(t, s))
+				if err != nil {
+					t.Fatal(err)
+				}
+				cut()
+				n, err := io.Copy(io.Discard, response.Body)
+				if response.Body.Close(); err == nil || response.ContentLength != int64(len(content)) {
+					t.Errorf("an answer of %d bytes ended after %d, %v", response.ContentLength, n, err)
+				}
+				response, body := get(keyA).do(t, s, transport)
+				if response.StatusCode != 404 {
+					t.Errorf("the next download got %s %.100s; want 404", response.Status, body)
+				}
+			} else {
+				client := cachev1.NewArtifactServiceClient(m.grpc(t, s))
+				stream, err := client.GetArtifact(t.Context(), &cachev1.GetArtifactRequest{CacheKey: keyA})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := stream.Recv(); err != nil {
+					t.Fatal(err)
+				}
+				cut()
+				for err == nil {
+					_, err = stream.Recv()
+				}
+				checkStatus(t, err, codes.Internal, "INTERNAL", "internal error")
+				_, err = download(keyA, 0, 0)(t.Context(), client)
+				checkStatus(t, err, codes.NotFound, "ARTIFACT_NOT_FOUND", "Artifact not found")
+			}
+			if lines := s.log.find(slog.LevelError, ""); len(lines) != 1 {
+				t.Errorf("logged as errors: %v; want one line", lines)
+			}
+			s.put(t, a, artifactA)
+		})
 	}
 }
 

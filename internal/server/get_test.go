@@ -5,15 +5,21 @@ import (
 	"io"
 	"mime"
 	"mime/multipart"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/polykit/polykit-cache/internal/cachetest"
+	"github.com/polykit/polykit-cache/internal/server"
 )
 
 // noKeys are keys that are none, and what is said of them.
@@ -377,4 +383,34 @@ func TestSeveralRanges(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSendfile proves that net/http is given files in the form in which it sends them by sendfile(2),
+// that is, as http.ServeContent gives them.
+func TestSendfile(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if _, err := file.Write(artifactA); err != nil {
+		t.Fatal(err)
+	}
+	w := &fileSender{ResponseRecorder: httptest.NewRecorder()}
+	http.ServeContent(server.Download(w), httptest.NewRequest("GET", "/", nil), "", time.Time{}, file)
+	part, ok := w.from.(*io.LimitedReader)
+	if !ok || part.R != io.Reader(file) {
+		t.Errorf("the content came from %T; want an *io.LimitedReader of the file", w.from)
+	}
+}
+
+// fileSender remembers what it was to read from.
+type fileSender struct {
+	*httptest.ResponseRecorder
+	from io.Reader
+}
+
+func (f *fileSender) ReadFrom(r io.Reader) (int64, error) {
+	f.from = r
+	return io.Copy(f.ResponseRecorder, r)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"runtime/debug"
 	"sort"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -25,6 +26,9 @@ const (
 	maxMessageSize = 4 << 20
 	// chunkSize is the most bytes of an artifact in one message that is sent.
 	chunkSize = 256 << 10
+
+	// watchInterval is how often the server looks whether it is ready while somebody watches.
+	watchInterval = 5 * time.Second
 
 	defaultPageSize = 1_000
 	maxPageSize     = 10_000
@@ -47,7 +51,7 @@ func (s *Server) newGRPC() *grpc.Server {
 			return s.call(ctx, info.FullMethod, func() error { return next(service, &messageStream{stream, messages}) })
 		}),
 	)
-	cachev1.RegisterArtifactServiceServer(server, &artifactService{cache: s.cache, ready: s.notDraining})
+	cachev1.RegisterArtifactServiceServer(server, &artifactService{server: s})
 	healthpb.RegisterHealthServer(server, &healthService{s.health, s.Ready, s.draining})
 	reflection.Register(server)
 	return server
@@ -74,13 +78,12 @@ func (s *Server) call(ctx context.Context, method string, run func() error) (err
 // calls it directly, can say them in HTTP.
 type artifactService struct {
 	cachev1.UnimplementedArtifactServiceServer
-	cache *cache.Cache
-	ready func() error // returns an error while no more calls are taken
+	server *Server
 }
 
 // key returns the key of a call, if the server takes it.
 func (a *artifactService) key(digits string) (artifact.Key, error) {
-	if err := a.ready(); err != nil {
+	if err := a.server.notDraining(); err != nil {
 		return artifact.Key{}, err
 	}
 	return artifact.ParseKey(digits)
@@ -108,17 +111,23 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 			return fmt.Errorf("%w: size is %d; it must not be negative", errInvalidRequest, size)
 		}
 	}
-	info, err := a.cache.Put(stream.Context(), key, size, &chunkReader{stream: stream})
+	chunks := &chunkReader{stream: stream}
+	info, err := a.server.cache.Put(stream.Context(), key, size, chunks)
+	if chunks.invalid != nil {
+		return chunks.invalid
+	}
 	if err != nil {
 		return err
 	}
+	a.server.logStored(stream.Context(), info)
 	return stream.SendAndClose(&cachev1.PutArtifactResponse{Artifact: message(info)})
 }
 
 // chunkReader reads the chunks of an upload.
 type chunkReader struct {
-	stream grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]
-	chunk  []byte
+	stream  grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]
+	chunk   []byte
+	invalid error // what is wrong with the messages
 }
 
 func (c *chunkReader) Read(p []byte) (int, error) {
@@ -128,7 +137,8 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 		if _, isChunk := request.GetPayload().(*cachev1.PutArtifactRequest_Chunk); !isChunk {
-			return 0, fmt.Errorf("%w: every message behind the header must be a chunk", errInvalidRequest)
+			c.invalid = fmt.Errorf("%w: every message behind the header must be a chunk", errInvalidRequest)
+			return 0, c.invalid
 		}
 		c.chunk = request.GetChunk()
 	}
@@ -146,7 +156,7 @@ func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, strea
 	if offset < 0 || length < 0 {
 		return fmt.Errorf("%w: offset is %d and length %d; neither must be negative", errInvalidRequest, offset, length)
 	}
-	file, info, err := a.cache.Get(stream.Context(), key)
+	file, info, err := a.server.cache.Get(stream.Context(), key)
 	if err != nil {
 		return err
 	}
@@ -164,16 +174,17 @@ func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, strea
 	if err := stream.Send(&cachev1.GetArtifactResponse{Payload: &cachev1.GetArtifactResponse_Artifact{Artifact: message(info)}}); err != nil {
 		return err
 	}
-	for length > 0 {
-		chunk := make([]byte, min(length, chunkSize)) // gRPC may still hold the one before
+	for left := length; left > 0; {
+		chunk := make([]byte, min(left, chunkSize)) // gRPC may still hold the one before
 		if _, err := io.ReadFull(file, chunk); err != nil {
-			return fmt.Errorf("read artifact %s at its last %d bytes: %w", key, length, err)
+			return fmt.Errorf("read artifact %s at its last %d bytes: %w", key, left, err)
 		}
 		if err := stream.Send(&cachev1.GetArtifactResponse{Payload: &cachev1.GetArtifactResponse_Chunk{Chunk: chunk}}); err != nil {
 			return err
 		}
-		length -= int64(len(chunk))
+		left -= int64(len(chunk))
 	}
+	a.server.logSent(stream.Context(), info, length)
 	return nil
 }
 
@@ -182,7 +193,7 @@ func (a *artifactService) StatArtifact(ctx context.Context, request *cachev1.Sta
 	if err != nil {
 		return nil, err
 	}
-	info, err := a.cache.Stat(ctx, key)
+	info, err := a.server.cache.Stat(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +219,7 @@ func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev
 	if err != nil {
 		return nil, fmt.Errorf("%w: page_token is not one that this server gave out", errInvalidRequest)
 	}
-	files, err := a.cache.Files(ctx, key)
+	files, err := a.server.cache.Files(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -261,10 +272,17 @@ func (h *healthService) Watch(request *healthpb.HealthCheckRequest, stream grpc.
 	h.look(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- h.Server.Watch(request, &watchStream{stream, ctx}) }()
-	select {
-	case err := <-ended:
-		return err
-	case <-h.draining:
+	look := time.NewTicker(watchInterval)
+	defer look.Stop()
+	for draining := false; !draining; {
+		select {
+		case err := <-ended:
+			return err
+		case <-look.C:
+			h.look(ctx)
+		case <-h.draining:
+			draining = true
+		}
 	}
 	cancel()
 	<-ended

@@ -92,7 +92,9 @@ func startServer(t *testing.T, setup setup) *testServer {
 	s.address = listener.Addr().String()
 	ctx, stop := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- s.Serve(ctx, countingListener{listener, s.conns}) }()
+	accepting := make(chan struct{})
+	counting := &countingListener{listener, s.conns, sync.OnceFunc(func() { close(accepting) })}
+	go func() { served <- s.Serve(ctx, counting) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-served; err != nil {
@@ -102,16 +104,19 @@ func startServer(t *testing.T, setup setup) *testServer {
 			t.Error("requests were still in flight when the server was stopped")
 		}
 	})
+	<-accepting // so that all its goroutines are there, for those who count them
 	return s
 }
 
 // countingListener counts connections and leaves them as they are.
 type countingListener struct {
 	net.Listener
-	n *atomic.Int64
+	n         *atomic.Int64
+	accepting func()
 }
 
-func (l countingListener) Accept() (net.Conn, error) {
+func (l *countingListener) Accept() (net.Conn, error) {
+	l.accepting()
 	conn, err := l.Listener.Accept()
 	if err == nil {
 		l.n.Add(1)

@@ -17,14 +17,16 @@ import (
 // putArtifact is PUT /v1/artifacts/{cache_key}.
 func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 	key, err := artifact.ParseKey(r.PathValue("cache_key"))
+	var info artifact.Info
 	if err == nil {
-		_, err = s.cache.Put(r.Context(), key, r.ContentLength, r.Body)
+		info, err = s.cache.Put(r.Context(), key, r.ContentLength, r.Body)
 	}
 	if err != nil {
 		s.refuse(w, r, err)
 		return
 	}
 	w.WriteHeader(http.StatusCreated)
+	s.logStored(r.Context(), info)
 }
 
 // getArtifact is GET /v1/artifacts/{cache_key}.
@@ -70,8 +72,12 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 		s.refuse(w, r, fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size))
 	}}
 	http.ServeContent(d, r, "", info.StoredAt, content)
+	if r.Method == http.MethodHead {
+		return
+	}
 	err := d.cutShort()
-	if r.Method == http.MethodHead || err == nil {
+	if err == nil {
+		s.logSent(r.Context(), info, d.sent)
 		return
 	}
 	f := internal
@@ -171,15 +177,22 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	connection := http.NewResponseController(w)
 	connection.EnableFullDuplex() // or an HTTP/1 answer would wait for the body
+	defer r.Body.Close()          // or net/http would read what is left of it beside reading the next request
 	writeFault(w, f)
 	connection.Flush()
+
+	pause := drainPause
+	if r.ProtoMajor > 1 || r.Header.Get("Expect") != "" {
+		pause = drainShortPause
+	}
 	end := time.Now().Add(s.config.DrainTimeout)
-	connection.SetReadDeadline(end)
 	buf := make([]byte, drainBuffer)
 	for left := s.config.DrainSize; left > 0; {
-		if pause := time.Now().Add(drainPause); r.ProtoMajor > 1 && pause.Before(end) {
-			connection.SetReadDeadline(pause)
+		deadline := time.Now().Add(pause)
+		if deadline.After(end) {
+			deadline = end
 		}
+		connection.SetReadDeadline(deadline)
 		n, err := r.Body.Read(buf)
 		if err != nil {
 			return
@@ -190,10 +203,12 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 
 const (
 	drainBuffer = 32 << 10
-	// drainPause is how long a client may be silent before it is taken to send no more, over HTTP/2.
-	// There some clients stop in the middle of the body when they see that they are refused, and wait
-	// for the end of the stream, which net/http sends only when the handler returns.
-	drainPause = 200 * time.Millisecond
+	// drainPause is how long a refused client may be silent before it is taken to send no more.
+	drainPause = 5 * time.Second
+	// drainShortPause is the same for clients that may well have read the answer: those that asked
+	// whether to send the body, and those that speak HTTP/2, some of which stop in the middle of the
+	// body and wait for the end of the stream, which net/http sends only when the handler returns.
+	drainShortPause = 500 * time.Millisecond
 )
 
 // writeFault writes a fault as every error is written over REST.

@@ -63,6 +63,9 @@ var DefaultConfig = Config{
 	ShutdownTimeout: 30 * time.Second,
 }
 
+// LevelTrace is the level below slog.LevelDebug. Every request is logged at it when it begins.
+const LevelTrace = slog.LevelDebug - 4
+
 // Server serves a cache.
 type Server struct {
 	config   Config
@@ -89,8 +92,11 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 		Protocols:         protocols,
 		ReadHeaderTimeout: config.HeaderTimeout,
 		IdleTimeout:       config.IdleTimeout,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		Handler:           s.track(s.split(rest)),
+		// OPTIONS * too is a path that there is not.
+		DisableGeneralOptionsHandler: true,
+
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler:  s.track(s.split(rest)),
 	}
 	return s
 }
@@ -118,6 +124,7 @@ func (s *Server) split(rest http.Handler) http.Handler {
 // connection open to use another one.
 func (s *Server) track(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
 		s.requests.Add(1)
 		defer func() {
 			if s.requests.Add(-1) == 0 && s.notDraining() != nil {
@@ -266,8 +273,7 @@ func (s *Server) newGateway() http.Handler {
 			s.refuse(w, r, err)
 		}),
 	)
-	service := &artifactService{cache: s.cache, ready: s.notDraining}
-	if err := cachev1.RegisterArtifactServiceHandlerServer(context.Background(), gateway, service); err != nil {
+	if err := cachev1.RegisterArtifactServiceHandlerServer(context.Background(), gateway, &artifactService{server: s}); err != nil {
 		panic(err) // two rules for one path: a programming error
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -305,6 +311,17 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Write(cachev1.OpenAPI)
+}
+
+// logStored logs an upload.
+func (s *Server) logStored(ctx context.Context, info artifact.Info) {
+	s.log.InfoContext(ctx, "stored an artifact", "key", info.Key, "size", info.Size, "files", info.FileCount,
+		"package", info.PackageName, "task", info.TaskName)
+}
+
+// logSent logs a download.
+func (s *Server) logSent(ctx context.Context, info artifact.Info, sent int64) {
+	s.log.DebugContext(ctx, "sent an artifact", "key", info.Key, "size", info.Size, "sent", sent)
 }
 
 // logFault logs an error at the edge, where it becomes a status, and nowhere else: in full if it is

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,7 +32,7 @@ import (
 func newServer(t *testing.T, change func(*server.Config)) (s *server.Server, dir string) {
 	t.Helper()
 	verifier := artifact.NewVerifier(artifact.DefaultLimits)
-	log := slog.New(slog.DiscardHandler)
+	log := slog.New(slog.NewTextHandler(noPanics{t}, nil))
 	dir = t.TempDir()
 	store, err := disk.Open(disk.Config{Dir: dir, Verifier: verifier, Log: log})
 	if err != nil {
@@ -43,6 +44,16 @@ func newServer(t *testing.T, change func(*server.Config)) (s *server.Server, dir
 		change(&config)
 	}
 	return server.New(cache.New(store, verifier, cache.Config{MaxSize: 1 << 20}), config, log), dir
+}
+
+// noPanics is a log in which no panic may be reported, as net/http does of its own too.
+type noPanics struct{ t *testing.T }
+
+func (n noPanics) Write(line []byte) (int, error) {
+	if strings.Contains(string(line), "panic") {
+		n.t.Errorf("logged %s", line)
+	}
+	return len(line), nil
 }
 
 // halfUpload is an upload of which half is sent.

