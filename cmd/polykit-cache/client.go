@@ -20,7 +20,7 @@ import (
 	"github.com/polykit/polykit-cache/internal/client"
 )
 
-// clientCommands returns the commands that need no server of their own process.
+// clientCommands returns the commands that do not serve.
 func clientCommands() []*cobra.Command {
 	commands := []*cobra.Command{
 		putCommand(), getCommand(), statCommand(), filesCommand(), packCommand(), healthcheckCommand(),

@@ -10,6 +10,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/pflag"
+
+	"github.com/polykit/polykit-cache/internal/server"
 )
 
 // environmentName returns the environment variable of a flag.
@@ -103,7 +105,7 @@ func (c *choiceFlag) Type() string { return strings.Join(c.choices, "|") }
 
 // levels are the levels of the log, by name. slog has no name for trace.
 var levels = map[string]slog.Level{
-	"trace": slog.LevelDebug - 4,
+	"trace": server.LevelTrace,
 	"debug": slog.LevelDebug,
 	"info":  slog.LevelInfo,
 	"warn":  slog.LevelWarn,

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -89,7 +90,7 @@ func packCommand() *cobra.Command {
 			if asJSON {
 				return done.print(cmd.OutOrStdout())
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s  %s  %d files  %s\n", done.CacheKey, formatSize(done.Size), done.FileCount, done.Output)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s  %s  %s  %s\n", done.CacheKey, formatSize(done.Size), english.Plural(done.FileCount, "file", ""), done.Output)
 			return err
 		},
 	}

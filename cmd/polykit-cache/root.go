@@ -50,17 +50,11 @@ func rootCommand() *cobra.Command {
 	return root
 }
 
-// version returns the version that the binary was built from.
+// version returns the version that the binary was built from: a tag, or else the commit and its time.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
-	version := info.Main.Version
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" && version == "(devel)" {
-			version += " " + setting.Value
-		}
-	}
-	return version + " " + info.GoVersion
+	return info.Main.Version + " " + info.GoVersion
 }

@@ -96,9 +96,18 @@ func (c *serveConfig) complete() error {
 	if _, err := net.ResolveIPAddr("ip", c.bind); err != nil || c.bind == "" {
 		return usageError("--bind is %q; it must be an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::", c.bind)
 	}
-	for flag, n := range map[string]int{"max-files": c.maxFiles, "max-path-length": c.maxPathLength} {
-		if n < 1 {
-			return usageError("--%s is %d; it must be at least 1", flag, n)
+	for _, bound := range []struct {
+		flag               string
+		value, least, most int64
+	}{
+		{"max-window", int64(c.maxWindow), artifact.MinWindow, artifact.MaxWindow},
+		{"max-files", int64(c.maxFiles), 1, math.MaxInt32},
+		{"max-path-length", int64(c.maxPathLength), 1, math.MaxInt32},
+		{"max-metadata-size", int64(c.maxMetadataSize), 1, disk.MaxMetadataSize},
+		{"max-manifest-size", int64(c.maxManifestSize), 1, math.MaxInt32},
+	} {
+		if bound.value < bound.least || bound.value > bound.most {
+			return usageError("--%s is %d; it must be from %d to %d", bound.flag, bound.value, bound.least, bound.most)
 		}
 	}
 	for flag, d := range map[string]time.Duration{

@@ -32,6 +32,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/klauspost/compress/zstd"
 )
 
 // version is the only version of the artifact form that there is.
@@ -112,8 +114,8 @@ func (c *Contents) Info(key Key, hash Digest, size int64) Info {
 type Limits struct {
 	// UnpackedSize is the most bytes that the stream may decode to, the tar archive's own included.
 	UnpackedSize int64
-	// Window is the largest window, in bytes, that the stream may ask its decoder to keep. RFC 8878
-	// advises at least 8 MiB; it bounds the decoder's memory.
+	// Window is the largest window that the stream may ask its decoder to keep, in bytes from
+	// MinWindow to MaxWindow. RFC 8878 advises at least 8 MiB; it bounds the decoder's memory.
 	Window int64
 	// Files is the largest number of files, directories included.
 	Files int
@@ -125,6 +127,12 @@ type Limits struct {
 	// entries together.
 	ManifestSize int64
 }
+
+// MinWindow and MaxWindow are the least and the largest Limits.Window.
+const (
+	MinWindow = zstd.MinWindowSize
+	MaxWindow = zstd.MaxWindowSize
+)
 
 // DefaultLimits suit artifacts of up to 1 GiB. Verifying one takes at most some 100 MiB of memory
 // with them, and usually some 5 MiB.

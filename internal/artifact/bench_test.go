@@ -13,7 +13,7 @@ import (
 )
 
 func BenchmarkVerify(b *testing.B) {
-	text := map[string]string{} // 64 MiB that compress to about an eighth
+	text := map[string]string{} // 64 MiB that compress to about a tenth
 	for i := range 64 {
 		var lines bytes.Buffer
 		for n := 0; lines.Len() < 1<<20; n++ {

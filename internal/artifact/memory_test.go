@@ -2,7 +2,6 @@ package artifact_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"io"
 	"runtime"
 	"slices"
@@ -25,7 +24,7 @@ func archiveOfZeros(hash string, n int) []byte {
 	return slices.Concat(
 		cachetest.Store(cachetest.Metadata(testKey)),
 		cachetest.Store(cachetest.Manifest(map[string]string{"zeros": hash}, size)),
-		cachetest.Store(cachetest.Header("outputs/zeros", 0, size)),
+		cachetest.Store(cachetest.Header("outputs/zeros", 0, int64(size))),
 		zeros(n),
 		cachetest.Store(make([]byte, 1024)))
 }
@@ -74,12 +73,6 @@ func TestBombs(t *testing.T) {
 	zeros := zeros(80 << 10) // 10 GiB in 320 KiB
 	atLimit := limit / (128 << 10) * 4
 	metadata, manifest := cachetest.Metadata(testKey), cachetest.Manifest(nil, 0)
-	sizedHeader := func(name string, typeflag byte, size int64) []byte {
-		header := cachetest.Header(name, typeflag, 0)
-		copy(header[124:], "\x80\x00\x00\x00")
-		binary.BigEndian.PutUint64(header[128:], uint64(size))
-		return cachetest.Checksum(header)
-	}
 	tooMuch := "the archive unpacks to more than the limit of 32 MiB"
 
 	for _, c := range []struct {
@@ -89,19 +82,19 @@ func TestBombs(t *testing.T) {
 		rule    artifact.Rule
 		message string
 	}{
-		{"a file of 10 GiB", sizedHeader("outputs/a", 0, 10<<30), 0, artifact.RuleLimit, tooMuch},
+		{"a file of 10 GiB", cachetest.Header("outputs/a", 0, 10<<30), 0, artifact.RuleLimit, tooMuch},
 		{"zeros behind the end", cachetest.Tar(metadata, manifest), atLimit, artifact.RuleLimit, tooMuch},
 		{"nothing but zeros", nil, atLimit, artifact.RuleLimit, tooMuch},
-		{"a long name", sizedHeader("././@LongLink", 'L', 10<<30), 40, artifact.RuleStream,
+		{"a long name", cachetest.Header("././@LongLink", 'L', 10<<30), 40, artifact.RuleStream,
 			"the tar archive has a long name that is empty"},
-		{"a pax header", cachetest.Ustar(sizedHeader("x", 'x', 10<<30)), 40, artifact.RuleStream,
+		{"a pax header", cachetest.Ustar(cachetest.Header("x", 'x', 10<<30)), 40, artifact.RuleStream,
 			"the tar archive is not well formed: archive/tar: header field too long"},
-		{"a global pax header", cachetest.Ustar(sizedHeader("x", 'g', 10<<30)), 40, artifact.RuleStream,
+		{"a global pax header", cachetest.Ustar(cachetest.Header("x", 'g', 10<<30)), 40, artifact.RuleStream,
 			"the tar archive is not well formed: archive/tar: header field too long"},
-		{"metadata.json", sizedHeader("metadata.json", 0, 10<<30), 0, artifact.RuleLimit, tooMuch},
-		{"a link", sizedHeader("outputs/a", '2', 10<<30), 0, artifact.RuleEntry,
+		{"metadata.json", cachetest.Header("metadata.json", 0, 10<<30), 0, artifact.RuleLimit, tooMuch},
+		{"a link", cachetest.Header("outputs/a", '2', 10<<30), 0, artifact.RuleEntry,
 			`"outputs/a" is a symbolic link; an artifact holds regular files and their directories only`},
-		{"a directory", sizedHeader("outputs/a/", '5', 10<<30), 0, artifact.RuleEntry, `"outputs/a/" is a directory with content`},
+		{"a directory", cachetest.Header("outputs/a/", '5', 10<<30), 0, artifact.RuleEntry, `"outputs/a/" is a directory with content`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			begin := cachetest.Store(c.begin)

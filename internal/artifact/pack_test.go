@@ -1,6 +1,7 @@
 package artifact_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"errors"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"testing"
 	"testing/fstest"
 	"time"
+
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cachetest"
@@ -30,6 +33,7 @@ var tree = fstest.MapFS{
 	"übersetzt/日本語.txt":                {Data: []byte("alpha"), Mode: 0o644},
 	"e\u0301":                          {Data: []byte("alpha"), Mode: 0o644},
 	"line\nbreak":                      {Data: []byte("alpha"), Mode: 0o644},
+	"ä\n":                              {Data: []byte("alpha"), Mode: 0o644},
 	`"<&>"`:                            {Data: []byte("alpha"), Mode: 0o644},
 	strings.Repeat("long/", 100) + "ä": {Data: []byte("alpha"), Mode: 0o644},
 	"no-files/here":                    {Mode: fs.ModeDir | 0o755},
@@ -110,9 +114,28 @@ func TestPackVerifyExtract(t *testing.T) {
 		paths = append(paths, f.Path)
 	}
 	if want := []string{
-		`"<&>"`, "a-b", "a/b", "big", "bin/owner", "bin/run", "empty", "e\u0301", "line\nbreak", strings.Repeat("long/", 100) + "ä", "übersetzt/日本語.txt",
+		`"<&>"`, "a-b", "a/b", "big", "bin/owner", "bin/run", "empty", "e\u0301", "line\nbreak", strings.Repeat("long/", 100) + "ä", "ä\n", "übersetzt/日本語.txt",
 	}; !reflect.DeepEqual(paths, want) {
 		t.Errorf("got files  %q\nwant files %q", paths, want)
+	}
+
+	decoder, err := zstd.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer decoder.Close()
+	archive := tar.NewReader(decoder)
+	for {
+		h, err := archive.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.ModTime.Unix() != 0 || h.Uid != 0 || h.Gid != 0 || h.Uname+h.Gname != "" || h.Mode != 0o644 && h.Mode != 0o755 {
+			t.Errorf("%q tells of the machine: %+v", h.Name, h)
+		}
 	}
 
 	dir := t.TempDir()
@@ -327,6 +350,31 @@ func TestExtractTestdata(t *testing.T) {
 					t.Errorf("%s: %s has the content %q", name, f.Path, content)
 				}
 			}
+		}
+	}
+}
+
+// TestExtractExecutable has permissions of which only one thing is kept.
+func TestExtractExecutable(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no executable bit")
+	}
+	for mode, executable := range map[string]bool{
+		"": false, "0000644": false, "0000666": false, "0004000": false, "0000100": true, "0000010": true, "0000001": true, "0000755": true,
+	} {
+		file := cachetest.File("outputs/a", "alpha")
+		copy(file[100:], mode)
+		packed := cachetest.Store(cachetest.Tar(cachetest.Metadata(testKey), cachetest.Manifest(map[string]string{"a": alphaHash}, 5), cachetest.Checksum(file)))
+		dir := t.TempDir()
+		if _, err := verifier.Extract(bytes.NewReader(packed), testKey, openRoot(t, dir)); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(dir + "/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if (info.Mode()&0o111 != 0) != executable || info.Mode()&(fs.ModeSetuid|0o600) != 0o600 {
+			t.Errorf("mode %s was extracted as %v", mode, info.Mode())
 		}
 	}
 }

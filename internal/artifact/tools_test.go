@@ -16,6 +16,7 @@ import (
 // TestOtherReaders has GNU tar and the reference zstd extract what is accepted as sound: they find the
 // same files with the same content, and say nothing.
 func TestOtherReaders(t *testing.T) {
+	t.Parallel()
 	for _, tool := range []string{"zstd", "tar"} {
 		out, err := exec.Command(tool, "--version").Output()
 		if err == nil && (tool != "tar" || bytes.Contains(out, []byte("GNU tar"))) {

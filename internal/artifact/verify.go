@@ -156,7 +156,7 @@ func (a *archive) read() (*Contents, error) {
 func (a *archive) entry(h *tar.Header) error {
 	a.entries++
 	a.nameSize += int64(len(h.Name)) + max(a.headers.pax, 0)
-	if n := a.verifier.limits.Files; a.entries > n+2 { // with the two documents
+	if n := a.verifier.limits.Files; a.entries-2 > n { // without the two documents
 		return unsound(RuleLimit, "the archive", "holds more than the limit of %d files", n)
 	}
 	if n := a.verifier.limits.ManifestSize; a.nameSize > n {

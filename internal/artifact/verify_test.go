@@ -97,7 +97,7 @@ func wantUnsound(t *testing.T, err error, rule artifact.Rule, message string) {
 	unsound, ok := err.(*artifact.UnsoundError)
 	if !ok {
 		t.Errorf("got %v; want an UnsoundError: %s", err, message)
-	} else if unsound.Rule != rule || unsound.Error() != message {
+	} else if unsound.Rule != rule || unsound.Error() != message || !errors.Is(err, artifact.ErrUnsound) {
 		t.Errorf("got  %s: %s\nwant %s: %s", unsound.Rule, unsound, rule, message)
 	}
 }
@@ -406,6 +406,7 @@ func TestPaxSize(t *testing.T) {
 }
 
 func TestVerifyTruncated(t *testing.T) {
+	t.Parallel()
 	key := cachetest.Key("testdata")
 	for name, data := range map[string][]byte{
 		"sound":     cachetest.Sound(key, map[string]string{"a": "alpha", "b": strings.Repeat("b", 1000), "c": ""}),
@@ -427,6 +428,7 @@ func TestVerifyTruncated(t *testing.T) {
 
 // TestVerifyFlipped flips bits: an artifact that is still accepted still holds the same files.
 func TestVerifyFlipped(t *testing.T) {
+	t.Parallel()
 	key := cachetest.Key("testdata")
 	flip := func(name string, data []byte, same func(got, want *artifact.Contents) bool) {
 		want, err := verify(data, key)
@@ -463,6 +465,7 @@ var errBoom = errors.New("boom")
 
 // TestReaderErrors has readers that fail behind each byte of a sound artifact.
 func TestReaderErrors(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"gnu", "frames", "skippable", "long-pax"} {
 		data := readTestdata(t, name)
 		for n := range len(data) + 1 {
@@ -530,6 +533,7 @@ func TestReaderErrorAfterFault(t *testing.T) {
 
 // TestReaders has readers that give the same bytes in other ways.
 func TestReaders(t *testing.T) {
+	t.Parallel()
 	type reader = func(io.Reader) io.Reader
 	readers := map[string]reader{
 		"one byte":         iotest.OneByteReader,
@@ -552,7 +556,7 @@ func TestReaders(t *testing.T) {
 			check(name, readTestdata(t, name), cachetest.Key("testdata"))
 		}
 	}
-	check("large", cachetest.Random(testKey, 1<<20), testKey)
+	check("large", cachetest.Random(testKey, 300<<10), testKey)
 	for _, c := range cachetest.UnsoundArtifacts(testKey) {
 		check(c.Name, c.Artifact, testKey)
 	}
@@ -612,6 +616,7 @@ func TestInspect(t *testing.T) {
 // TestVerifyConcurrently has one Verifier check sound and unsound artifacts in between: none leaves
 // anything behind for the next.
 func TestVerifyConcurrently(t *testing.T) {
+	t.Parallel()
 	sound := cachetest.Random(testKey, 30_000)
 	v := artifact.NewVerifier(artifact.DefaultLimits)
 	var workers sync.WaitGroup

@@ -50,7 +50,7 @@ func Random(key artifact.Key, size int) []byte {
 	hash := sha256.Sum256(content)
 	manifest := Manifest(map[string]string{"data.bin": hex.EncodeToString(hash[:])}, size)
 	padding := make([]byte, -size&511)
-	return Store(Tar(Metadata(key), manifest, Header("outputs/data.bin", 0, size), content, padding))
+	return Store(Tar(Metadata(key), manifest, Header("outputs/data.bin", 0, int64(size)), content, padding))
 }
 
 // Metadata returns the archive's entry metadata.json.
@@ -84,15 +84,15 @@ func File(name, content string) []byte {
 
 // Entry returns an archive's entry: its header, and its content filled up to whole blocks.
 func Entry(name string, typeflag byte, content string) []byte {
-	return slices.Concat(Header(name, typeflag, len(content)), []byte(content), make([]byte, -len(content)&511))
+	return slices.Concat(Header(name, typeflag, int64(len(content))), []byte(content), make([]byte, -len(content)&511))
 }
 
 // Header returns the header of an archive's entry as the Rust client writes it: of the GNU format,
 // with no type flag for a regular file, and no mode, owner or group. archive/tar cannot write that.
-func Header(name string, typeflag byte, size int) []byte {
+func Header(name string, typeflag byte, size int64) []byte {
 	h := make([]byte, 512)
 	copy(h[:100], name)
-	copy(h[124:], sizeField(int64(size)))
+	copy(h[124:], sizeField(size))
 	copy(h[136:], "00000000000\x00") // modified at
 	h[156] = typeflag
 	copy(h[257:], "ustar  \x00")
@@ -462,6 +462,9 @@ func unsoundMetadata(key artifact.Key) []Unsound {
 		{"metadata.json with half a surrogate pair", edit("web", `\ud83d`), rule, "metadata.json is not valid Unicode"},
 		{"metadata.json with a second surrogate only", edit("web", `\ude00`), rule, "metadata.json is not valid Unicode"},
 		{"metadata.json with two first surrogates", edit("web", `\uD83D\ud83d\ude00`), rule, "metadata.json is not valid Unicode"},
+		{"metadata.json with two second surrogates", edit("web", `\ude00\ude00`), rule, "metadata.json is not valid Unicode"},
+		{"metadata.json with no second surrogate", edit("web", `\ud83d\ue000`), rule, "metadata.json is not valid Unicode"},
+		{"metadata.json with a second surrogate not escaped", edit("web", `\ud83d/ude00`), rule, "metadata.json is not valid Unicode"},
 		{"metadata.json with surrogates apart", edit("web", `\ud83d \ude00`), rule, "metadata.json is not valid Unicode"},
 		{"metadata.json with half a pair in an ignored member", edit(`"version":1`, `"version":1,"x":"\udfff"`), rule,
 			"metadata.json is not valid Unicode"},

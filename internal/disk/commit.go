@@ -88,6 +88,7 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {
+		os.Remove(s.memoPath(u.key))
 		return info, errors.Join(err, os.Remove(path))
 	}
 	return info, nil

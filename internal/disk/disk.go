@@ -148,7 +148,7 @@ func (s *Store) memoPath(key artifact.Key) string {
 }
 
 // Create implements cache.Store.
-func (s *Store) Create(ctx context.Context, key artifact.Key, _ int64) (cache.Upload, error) {
+func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache.Upload, error) {
 	switch _, err := s.Stat(ctx, key); {
 	case err == nil:
 		return nil, cache.ErrExists
@@ -159,7 +159,14 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, _ int64) (cache.Up
 	if err != nil {
 		return nil, translate(err)
 	}
-	return &upload{store: s, key: key, file: file}, nil
+	u := &upload{store: s, key: key, file: file}
+	if size > 0 { // what is declared is set aside, so that uploads in flight count and a full disk is known now
+		if err := reserve(file, size); err != nil {
+			u.Abort()
+			return nil, translate(err)
+		}
+	}
+	return u, nil
 }
 
 // Open implements cache.Store. The bytes are an *os.File, which sendfile(2) can send.

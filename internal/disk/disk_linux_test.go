@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -146,6 +148,13 @@ func TestNoSpace(t *testing.T) {
 	if _, err := r.Put(t.Context(), other, -1, bytes.NewReader(large)); !errors.Is(err, cache.ErrNoSpace) {
 		t.Errorf("Put of what does not fit returned %v, want %v", err, cache.ErrNoSpace)
 	}
+	unread := bytes.NewReader(large)
+	if _, err := r.Put(t.Context(), other, int64(len(large)), unread); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Put of what is said not to fit returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	if unread.Len() != len(large) {
+		t.Error("what is said not to fit was read")
+	}
 	r.tmpIsEmpty(t)
 	if err := r.Ready(t.Context()); err != nil {
 		t.Error("Check of a store with room for less:", err)
@@ -260,6 +269,7 @@ func TestFilesAreClosed(t *testing.T) {
 		r.lacks(t, key)
 		removeAll(t, r.path("01"))
 	}
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // or else it closes them
 	askAll()
 	before := len(list(t, "/proc/self/fd"))
 	for range 10 {
@@ -268,4 +278,65 @@ func TestFilesAreClosed(t *testing.T) {
 	if after := len(list(t, "/proc/self/fd")); after > before {
 		t.Errorf("%d files were left open", after-before)
 	}
+}
+
+// TestReplacedDuringInspection replaces an artifact while it is verified for the lack of its memo. What
+// is found then is about the old one only.
+func TestReplacedDuringInspection(t *testing.T) {
+	sound := cachetest.Random(key, 32<<20) // takes long enough to verify
+	damaged := slices.Clone(sound)
+	damaged[len(damaged)-1500] ^= 1
+	for name, old := range map[string][]byte{"sound": sound, "damaged": damaged} {
+		t.Run(name, func(t *testing.T) {
+			r := open(t, t.TempDir())
+			write(t, r.path(zstName), old)
+			stat := lstat(t, r.path(zstName))
+			var got []byte
+			var err error
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				got, _, err = r.get(t, key)
+			}()
+			for inspected := false; !inspected; { // when it is open twice: to be served, and to be verified
+				inspected = openTimes(r.path(zstName)) == 2
+				select {
+				case <-done:
+					t.Skip("the inspection was too fast")
+				default:
+				}
+			}
+			if err := r.store.Quarantine(t.Context(), artifact.Info{Key: key, Size: stat.Size(), StoredAt: stat.ModTime()}, errors.New("damaged")); err != nil {
+				t.Error("Quarantine:", err)
+			}
+			r.put(t, key, content)
+			if name == "sound" { // whoever opens the new one without its memo gets to wait for the same inspection
+				removeAll(t, r.path(jsonName))
+				r.serves(t, key, content)
+			}
+			<-done
+			if name == "sound" && (err != nil || !bytes.Equal(got, old)) {
+				t.Errorf("Get, which opened the old artifact, returned %d bytes, %v", len(got), err)
+			}
+			if name == "damaged" && err != cache.ErrNotFound {
+				t.Errorf("Get of the damaged artifact returned %v, want %v", err, cache.ErrNotFound)
+			}
+			r.serves(t, key, content)
+			if found := r.quarantined(t); len(found) != 2 || found[digits+".txt"] != "damaged\n" {
+				t.Errorf("in quarantine: %.100q", found)
+			}
+		})
+	}
+}
+
+// openTimes returns how many times this process has a file open.
+func openTimes(path string) int {
+	times := 0
+	fds, _ := os.ReadDir("/proc/self/fd")
+	for _, fd := range fds {
+		if target, _ := os.Readlink("/proc/self/fd/" + fd.Name()); target == path {
+			times++
+		}
+	}
+	return times
 }

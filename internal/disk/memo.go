@@ -17,8 +17,12 @@ import (
 // made anew.
 const verifiedBy = 1
 
-// maxMemoSize is more bytes than any memo has, for the longest command that a metadata.json can hold.
-const maxMemoSize = 1 << 20
+// MaxMetadataSize is the largest limit for a metadata.json whose artifact can be stored: what the
+// document says must fit into a memo.
+const MaxMetadataSize = 1 << 20
+
+// maxMemoSize is more bytes than any memo has: JSON may take six for one.
+const maxMemoSize = 6*MaxMetadataSize + 4096
 
 // memo is the .json beside an artifact. The first four members are all that the Rust server writes
 // and reads.

@@ -30,13 +30,17 @@ var specialArtifacts = []damagedTest{
 	{"a named pipe", func(t *testing.T, path string) { removeAll(t, path); mkfifo(t, path) }, "not a regular file"},
 	{"a socket", func(t *testing.T, path string) {
 		removeAll(t, path)
-		t.Chdir(filepath.Dir(path)) // a socket's name can't be long
-		listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: "s"})
+		dir, err := os.MkdirTemp("", "") // short, since a socket's name can't be long
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(dir)
+		listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s")})
 		if err != nil {
 			t.Fatal(err)
 		}
 		listener.SetUnlinkOnClose(false)
-		if err := errors.Join(listener.Close(), os.Rename("s", path)); err != nil {
+		if err := errors.Join(listener.Close(), os.Rename(filepath.Join(dir, "s"), path)); err != nil {
 			t.Fatal(err)
 		}
 	}, "open "},
