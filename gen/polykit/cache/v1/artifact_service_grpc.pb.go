@@ -67,13 +67,13 @@ type ArtifactServiceClient interface {
 	//
 	// The chunks together are exactly the range that was asked for, or the stream ends with an error.
 	//
-	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, RANGE_NOT_SATISFIABLE.
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, RANGE_NOT_SATISFIABLE, OVERLOADED.
 	GetArtifact(ctx context.Context, in *GetArtifactRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetArtifactResponse], error)
 	// StatArtifact says what is known of an artifact, without its bytes.
 	//
 	// REST: GET /v1/artifacts/{cache_key}/metadata.
 	//
-	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND.
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
 	StatArtifact(ctx context.Context, in *StatArtifactRequest, opts ...grpc.CallOption) (*StatArtifactResponse, error)
 	// ListArtifactFiles lists the files in an artifact, in ascending order of their paths' bytes.
 	//
@@ -81,7 +81,7 @@ type ArtifactServiceClient interface {
 	//
 	// REST: GET /v1/artifacts/{cache_key}/files.
 	//
-	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND.
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, OVERLOADED.
 	ListArtifactFiles(ctx context.Context, in *ListArtifactFilesRequest, opts ...grpc.CallOption) (*ListArtifactFilesResponse, error)
 }
 
@@ -165,13 +165,13 @@ type ArtifactServiceServer interface {
 	//
 	// The chunks together are exactly the range that was asked for, or the stream ends with an error.
 	//
-	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, RANGE_NOT_SATISFIABLE.
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, RANGE_NOT_SATISFIABLE, OVERLOADED.
 	GetArtifact(*GetArtifactRequest, grpc.ServerStreamingServer[GetArtifactResponse]) error
 	// StatArtifact says what is known of an artifact, without its bytes.
 	//
 	// REST: GET /v1/artifacts/{cache_key}/metadata.
 	//
-	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND.
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
 	StatArtifact(context.Context, *StatArtifactRequest) (*StatArtifactResponse, error)
 	// ListArtifactFiles lists the files in an artifact, in ascending order of their paths' bytes.
 	//
@@ -179,7 +179,7 @@ type ArtifactServiceServer interface {
 	//
 	// REST: GET /v1/artifacts/{cache_key}/files.
 	//
-	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND.
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, OVERLOADED.
 	ListArtifactFiles(context.Context, *ListArtifactFilesRequest) (*ListArtifactFilesResponse, error)
 	mustEmbedUnimplementedArtifactServiceServer()
 }
