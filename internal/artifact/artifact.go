@@ -134,7 +134,7 @@ const (
 	MaxWindow = zstd.MaxWindowSize
 )
 
-// DefaultLimits suit artifacts of up to 1 GiB. Verifying one takes at most some 100 MiB of memory
+// DefaultLimits suit artifacts of up to 1 GiB. Verifying one takes at most some 120 MiB of memory
 // with them, and usually some 5 MiB.
 var DefaultLimits = Limits{
 	UnpackedSize: 16 << 30,

@@ -129,8 +129,8 @@ func (s *Store) sweep() error {
 
 // createTmp creates a temporary file with a unique name.
 func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
-	name := key.String() + "-" + rand.Text() + ownTmp
-	return os.OpenFile(filepath.Join(s.dir, tmpDir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	path := filepath.Join(s.dir, tmpDir, key.String()+"-"+rand.Text()+ownTmp)
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 }
 
 // shard is the directory of a key, relative to the storage directory.
