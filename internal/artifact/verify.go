@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -30,6 +31,8 @@ const (
 type Verifier struct {
 	limits  Limits
 	scratch sync.Pool // of *scratch
+
+	inspecting chan struct{} // holds one for each Inspect that runs
 }
 
 // scratch is what one verification needs and the next one can use again.
@@ -42,7 +45,7 @@ type scratch struct {
 
 // NewVerifier returns a Verifier that holds artifacts to the limits.
 func NewVerifier(limits Limits) *Verifier {
-	v := &Verifier{limits: limits}
+	v := &Verifier{limits: limits, inspecting: make(chan struct{}, runtime.GOMAXPROCS(0))}
 	v.scratch.New = func() any {
 		decoder, err := zstd.NewReader(nil,
 			zstd.WithDecoderConcurrency(1), // in the caller's goroutine: nothing is left behind by a fault
@@ -71,8 +74,12 @@ func (v *Verifier) Verify(r io.Reader, key Key) (*Contents, error) {
 	return v.verify(r, key, nil)
 }
 
-// Inspect is Verify for an artifact of which nothing is known: it also tells its hash and size.
+// Inspect is Verify for an artifact of which nothing is known: it also tells its hash and size. A
+// processor each is as many inspections as run at once; others wait, since a small request can ask for
+// the inspection of a large artifact.
 func (v *Verifier) Inspect(r io.Reader, key Key) (*Contents, Info, error) {
+	v.inspecting <- struct{}{}
+	defer func() { <-v.inspecting }()
 	sum := sha256.New()
 	count := &counter{}
 	contents, err := v.Verify(io.TeeReader(r, io.MultiWriter(sum, count)), key)
