@@ -36,7 +36,7 @@ func openVisitors(t *testing.T, s *testServer) []visitor {
 	return []visitor{
 		restVisitor("REST over HTTP1", s, newTransport(t, 1)),
 		restVisitor("REST over HTTP2", s, shared),
-		grpcVisitor("gRPC", cachev1.NewArtifactServiceClient(mouths[3].grpc(t, s))),
+		grpcVisitor("gRPC", cachev1.NewArtifactServiceClient(grpcMouths()[0].grpc(t, s))),
 		grpcVisitor("gRPC amid REST", cachev1.NewArtifactServiceClient(&sharedConn{transport: shared, address: s.address})),
 	}
 }

@@ -91,7 +91,7 @@ func checkReadyREST(t *testing.T, s *testServer, transport http.RoundTripper, re
 	if response.StatusCode != 200 || string(body) != string(artifactA) {
 		t.Errorf("a download got %s and %d bytes", response.Status, len(body))
 	}
-	want := 409 // since it is stored, which is looked at before anything is written
+	const want = 409 // since it is stored, which is looked at before anything is written
 	if response, body = put(keyA, artifactA).do(t, s, transport); response.StatusCode != want {
 		t.Errorf("an upload of what exists got %s %s; want %d", response.Status, body, want)
 	}
