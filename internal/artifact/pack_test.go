@@ -249,6 +249,9 @@ func TestPackRefuses(t *testing.T) {
 func TestPackRefusesInvalidUTF8(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "a\xFFb"), nil, 0o644); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
 		t.Skipf("this file system does not have such names: %v", err)
 	}
 	for name, dir := range map[string]fs.FS{"os.DirFS": os.DirFS(dir), "os.Root": openRoot(t, dir).FS()} {

@@ -64,9 +64,6 @@ func NewVerifier(limits Limits) *Verifier {
 	return v
 }
 
-// Limits returns the limits that v holds artifacts to.
-func (v *Verifier) Limits() Limits { return v.limits }
-
 // Verify reads an artifact to its end and returns what it holds if it is sound and made for key.
 // Else the error is an *UnsoundError that says the first thing found wrong, or the error of r if
 // that came before.

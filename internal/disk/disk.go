@@ -155,18 +155,16 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache
 	case !errors.Is(err, cache.ErrNotFound):
 		return nil, err
 	}
+	if size > 0 {
+		if err := checkSpace(s.dir, size); err != nil {
+			return nil, translate(err)
+		}
+	}
 	file, err := s.createTmp(key)
 	if err != nil {
 		return nil, translate(err)
 	}
-	u := &upload{store: s, key: key, file: file}
-	if size > 0 { // what is declared is set aside, so that uploads in flight count and a full disk is known now
-		if err := reserve(file, size); err != nil {
-			u.Abort()
-			return nil, translate(err)
-		}
-	}
-	return u, nil
+	return &upload{store: s, key: key, file: file}, nil
 }
 
 // Open implements cache.Store. The bytes are an *os.File, which sendfile(2) can send.
