@@ -109,8 +109,8 @@ func (c *Contents) Info(key Key, hash Digest, size int64) Info {
 	}
 }
 
-// Limits bound what a Verifier accepts, and so what memory and time one artifact can cost. Each
-// must be positive.
+// Limits bound what a Verifier accepts, and so what memory and time one artifact can cost, and its
+// Capacity what all of them can. Each of the limits must be positive.
 type Limits struct {
 	// UnpackedSize is the most bytes that the stream may decode to, the tar archive's own included.
 	UnpackedSize int64
@@ -126,6 +126,8 @@ type Limits struct {
 	// ManifestSize is the most bytes in manifest.json, and in the names and pax headers of all
 	// entries together.
 	ManifestSize int64
+
+	Capacity
 }
 
 // MinWindow and MaxWindow are the least and the largest Limits.Window.
@@ -143,6 +145,7 @@ var DefaultLimits = Limits{
 	PathLength:   4096,
 	MetadataSize: 64 << 10,
 	ManifestSize: 32 << 20,
+	Capacity:     Capacity{Memory: 512 << 20, Queue: 1000, QueueTimeout: 10 * time.Second},
 }
 
 // Rule is a rule of soundness, as the package comment numbers them.

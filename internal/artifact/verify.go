@@ -4,12 +4,12 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
-	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -32,7 +32,7 @@ type Verifier struct {
 	limits  Limits
 	scratch sync.Pool // of *scratch
 
-	inspecting chan struct{} // holds one for each Inspect that runs
+	capacity *capacity
 }
 
 // scratch is what one verification needs and the next one can use again.
@@ -45,7 +45,7 @@ type scratch struct {
 
 // NewVerifier returns a Verifier that holds artifacts to the limits.
 func NewVerifier(limits Limits) *Verifier {
-	v := &Verifier{limits: limits, inspecting: make(chan struct{}, runtime.GOMAXPROCS(0))}
+	v := &Verifier{limits: limits, capacity: newCapacity(limits)}
 	v.scratch.New = func() any {
 		decoder, err := zstd.NewReader(nil,
 			zstd.WithDecoderConcurrency(1), // in the caller's goroutine: nothing is left behind by a fault
@@ -65,18 +65,20 @@ func NewVerifier(limits Limits) *Verifier {
 }
 
 // Verify reads an artifact to its end and returns what it holds if it is sound and made for key.
-// Else the error is an *UnsoundError that says the first thing found wrong, or the error of r if
-// that came before.
+// Else the error is an *UnsoundError that says the first thing found wrong, the error of r if that
+// came before, or ErrBusy. The caller must have been admitted if others verify too.
 func (v *Verifier) Verify(r io.Reader, key Key) (*Contents, error) {
 	return v.verify(r, key, nil)
 }
 
-// Inspect is Verify for an artifact of which nothing is known: it also tells its hash and size. A
-// processor each is as many inspections as run at once; others wait, since a small request can ask for
-// the inspection of a large artifact.
-func (v *Verifier) Inspect(r io.Reader, key Key) (*Contents, Info, error) {
-	v.inspecting <- struct{}{}
-	defer func() { <-v.inspecting }()
+// Inspect is Verify for an artifact of which nothing is known: it also tells its hash and size. It
+// waits to be admitted, since a small request can ask for the inspection of a large artifact.
+func (v *Verifier) Inspect(ctx context.Context, r io.Reader, key Key) (*Contents, Info, error) {
+	release, err := v.Admit(ctx)
+	if err != nil {
+		return nil, Info{}, err
+	}
+	defer release()
 	sum := sha256.New()
 	count := &counter{}
 	contents, err := v.Verify(io.TeeReader(r, io.MultiWriter(sum, count)), key)
@@ -101,7 +103,9 @@ type sink func(path string, executable bool, content io.Reader) error
 func (v *Verifier) verify(r io.Reader, key Key, to sink) (*Contents, error) {
 	s := v.scratch.Get().(*scratch)
 	defer v.scratch.Put(s)
-	src := &source{r: r}
+	v.capacity.processors <- struct{}{}
+	defer func() { <-v.capacity.processors }()
+	src := &source{r: yielding{r, v.capacity.processors}}
 	frames := newFrames(src, v.limits.Window)
 	s.source.Reset(frames)
 	defer s.source.Reset(nil)
@@ -114,6 +118,7 @@ func (v *Verifier) verify(r io.Reader, key Key, to sink) (*Contents, error) {
 	headers := newHeaders(decoded)
 	a := archive{verifier: v, scratch: s, key: key, to: to, decoded: decoded, headers: headers, tar: tar.NewReader(headers)}
 	a.found = map[string]int{}
+	defer a.settle()
 	return a.read()
 }
 
@@ -135,6 +140,8 @@ type archive struct {
 	size     int64          // bytes of the files
 	entries  int            // of all kinds
 	nameSize int64          // bytes of their names and pax headers
+	charged  int64          // bytes of memory
+	owed     int64          // bytes of memory, too few to be charged
 }
 
 func (a *archive) read() (*Contents, error) {
@@ -165,6 +172,9 @@ func (a *archive) entry(h *tar.Header) error {
 	}
 	if n := a.verifier.limits.ManifestSize; a.nameSize > n {
 		return unsound(RuleLimit, "the archive", "holds names and pax headers of more than the limit of %s together", formatSize(n))
+	}
+	if err := a.charge(int64(len(h.Name)) + entryOverhead); err != nil {
+		return err
 	}
 	if err := a.plain(h); err != nil {
 		return err
@@ -284,6 +294,9 @@ func (a *archive) readDocument(h *tar.Header, limit int64) ([]byte, error) {
 	}
 	if h.Size > limit {
 		return nil, unsound(RuleLimit, h.Name, "is larger than the limit of %s", formatSize(limit))
+	}
+	if err := a.charge(documentFactor * h.Size); err != nil {
+		return nil, err
 	}
 	var text bytes.Buffer // grows with what is there, not with what the header claims
 	if _, err := text.ReadFrom(a.tar); err != nil {

@@ -588,7 +588,7 @@ func (stuckReader) Read([]byte) (int, error) { return 0, nil }
 func TestInspect(t *testing.T) {
 	data := readTestdata(t, "gnu")
 	key := cachetest.Key("testdata")
-	contents, info, err := verifier.Inspect(bytes.NewReader(data), key)
+	contents, info, err := verifier.Inspect(t.Context(), bytes.NewReader(data), key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -604,7 +604,7 @@ func TestInspect(t *testing.T) {
 		t.Errorf("got %+v\nwant %+v", info, want)
 	}
 
-	if contents, info, err = verifier.Inspect(bytes.NewReader(data[:1000]), key); contents != nil || info != (artifact.Info{}) {
+	if contents, info, err = verifier.Inspect(t.Context(), bytes.NewReader(data[:1000]), key); contents != nil || info != (artifact.Info{}) {
 		t.Errorf("got %+v, %+v of half an artifact", contents, info)
 	}
 	wantUnsound(t, err, artifact.RuleStream, "the zstd stream ends in the middle of a frame")

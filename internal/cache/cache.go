@@ -5,6 +5,7 @@
 //
 //	body ── io.Reader ── Cache.Put
 //	                       ├ refuse what is known already: size, existence, before a byte is read
+//	                       ├ Verifier.Admit: wait for others to end, within bounds
 //	                       ├ Store.Create → an Upload that nobody can see; Abort is the only cleanup
 //	                       ├ intake: limit → count → SHA-256 → write to the Upload → hand on
 //	                       ├ Verifier.Verify pulls: zstd → tar → hash each file → manifest and key agree
@@ -31,7 +32,7 @@ import (
 )
 
 // The faults that callers tell apart, with errors.Is. An unsound artifact is an
-// *artifact.UnsoundError, a bad key an artifact.ErrInvalidKey. Any other error is the server's own.
+// *artifact.UnsoundError, a bad key an artifact.ErrInvalidKey, too many at once artifact.ErrBusy. Any other error is the server's own.
 var (
 	// ErrNotFound is a miss: no sound artifact is stored under the key.
 	ErrNotFound = errors.New("artifact not found")
@@ -45,7 +46,7 @@ var (
 	ErrUploadAborted = errors.New("upload aborted")
 	// ErrNoSpace says that the store has no room for the artifact.
 	ErrNoSpace = errors.New("no space left for the artifact")
-	// ErrOverloaded says that the server cannot do this now, but may soon.
+	// ErrOverloaded says that the store cannot do this now, but may soon.
 	ErrOverloaded = errors.New("overloaded")
 )
 
@@ -114,14 +115,23 @@ func New(store Store, verifier *artifact.Verifier, config Config) *Cache {
 }
 
 // Put reads an artifact of size bytes, or of UnknownSize, from body and stores it under key if it is
-// sound. What is known beforehand is refused before body is read.
+// sound. What is known beforehand is refused before body is read. If too many uploads wait already,
+// the error is artifact.ErrBusy.
 func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.Reader) (artifact.Info, error) {
-	if size > c.config.MaxSize {
-		if _, err := c.store.Stat(ctx, key); err == nil {
-			return artifact.Info{}, ErrExists // whatever its size, it would not be stored
-		}
+	// Create looks too, but who waits should not learn only then that it waited in vain.
+	switch _, err := c.store.Stat(ctx, key); {
+	case err == nil:
+		return artifact.Info{}, ErrExists // whatever its size, it would not be stored
+	case size > c.config.MaxSize:
 		return artifact.Info{}, c.tooLarge()
+	case !errors.Is(err, ErrNotFound):
+		return artifact.Info{}, err
 	}
+	release, err := c.verifier.Admit(ctx)
+	if err != nil {
+		return artifact.Info{}, err
+	}
+	defer release()
 	upload, err := c.store.Create(ctx, key, size)
 	if err != nil {
 		return artifact.Info{}, err
@@ -157,7 +167,7 @@ func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, e
 		return nil, err
 	}
 	defer file.Close()
-	contents, found, err := c.verifier.Inspect(&cancelReader{ctx, file}, key)
+	contents, found, err := c.verifier.Inspect(ctx, &cancelReader{ctx, file}, key)
 	if err == nil && found.Hash != info.Hash {
 		err = &artifact.UnsoundError{
 			Rule:  artifact.RuleStream,

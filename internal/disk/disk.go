@@ -257,7 +257,7 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (inspected, error) {
 	if info, err := s.readMemo(key, stat); err == nil { // an inspection ended after the memo was looked for
 		return inspected{info, stat}, nil
 	}
-	_, info, err := s.verifier.Inspect(file, key)
+	_, info, err := s.verifier.Inspect(context.Background(), file, key)
 	if unsound, ok := errors.AsType[*artifact.UnsoundError](err); ok {
 		return inspected{}, s.setAside(key, stat, unsound)
 	}

@@ -2,6 +2,7 @@ package disk_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -107,7 +108,7 @@ func (r rig) put(t *testing.T, key artifact.Key, content []byte) artifact.Info {
 // upload returns an upload that can be committed, and what is known of it. It is aborted in the end.
 func (r rig) upload(t *testing.T, key artifact.Key, content []byte) (cache.Upload, artifact.Info) {
 	t.Helper()
-	_, info, err := artifact.NewVerifier(artifact.DefaultLimits).Inspect(bytes.NewReader(content), key)
+	_, info, err := artifact.NewVerifier(artifact.DefaultLimits).Inspect(context.Background(), bytes.NewReader(content), key)
 	if err != nil {
 		t.Fatal("Inspect:", err)
 	}

@@ -48,6 +48,7 @@ var faults = []fault{
 	{artifact.ErrUnsound, codes.InvalidArgument, "VERIFICATION_FAILED", http.StatusUnprocessableEntity, ""},
 	{cache.ErrNoSpace, codes.ResourceExhausted, "STORAGE_FULL", http.StatusInsufficientStorage, "The server has no space left for this artifact"},
 	{errDraining, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is shutting down: try again"},
+	{artifact.ErrBusy, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},
 	{cache.ErrOverloaded, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},
 	// Nobody is there any more to read these two, but proxies and logs.
 	{cache.ErrUploadAborted, codes.Canceled, "ABORTED_BY_CLIENT", http.StatusBadRequest, "The upload ended before the artifact did"},
