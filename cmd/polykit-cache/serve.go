@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -27,6 +28,7 @@ type serveConfig struct {
 	storageDir      string
 	bind            string
 	port            int
+	durability      choiceFlag
 	maxSize         sizeFlag
 	maxUnpackedSize sizeFlag
 	maxWindow       sizeFlag
@@ -34,6 +36,8 @@ type serveConfig struct {
 	maxPathLength   int
 	maxMetadataSize sizeFlag
 	maxManifestSize sizeFlag
+	capacity        artifact.Capacity
+	memory          sizeFlag // of the capacity
 	logLevel        choiceFlag
 	logFormat       choiceFlag
 	server          server.Config
@@ -43,10 +47,12 @@ type serveConfig struct {
 func serveCommand() *cobra.Command {
 	limits := artifact.DefaultLimits
 	c := serveConfig{
+		durability:      choiceFlag{string(disk.DurabilityFull), []string{string(disk.DurabilityFull), string(disk.DurabilityNone)}},
 		maxSize:         1 << 30,
 		maxWindow:       sizeFlag(limits.Window),
 		maxMetadataSize: sizeFlag(limits.MetadataSize),
 		maxManifestSize: sizeFlag(limits.ManifestSize),
+		capacity:        limits.Capacity,
 		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
 		logFormat:       choiceFlag{"text", []string{"text", "json"}},
 		server:          server.DefaultConfig,
@@ -68,6 +74,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
+	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
 	f.Var(&c.maxSize, "max-size", "most bytes of an artifact as uploaded")
 	f.Var(&c.maxUnpackedSize, "max-unpacked-size", fmt.Sprintf("most bytes that an artifact may unpack to (default %d times --max-size)", unpackedRatio))
 	f.Var(&c.maxWindow, "max-window", "largest zstd window that an artifact may need; bounds the memory of an upload")
@@ -75,6 +82,9 @@ func serveCommand() *cobra.Command {
 	f.IntVar(&c.maxPathLength, "max-path-length", limits.PathLength, "most bytes in the path of a file in an artifact")
 	f.Var(&c.maxMetadataSize, "max-metadata-size", "most bytes in an artifact's metadata.json")
 	f.Var(&c.maxManifestSize, "max-manifest-size", "most bytes in an artifact's manifest.json, and in all its paths together")
+	f.Var(&c.memory, "verify-memory", fmt.Sprintf("most memory that uploads and other verifications take together; bounds how many run at once (default %s, or what the largest artifact needs)", humanize.IBytes(uint64(limits.Memory))))
+	f.IntVar(&c.capacity.Queue, "max-queued-uploads", c.capacity.Queue, "most uploads that wait for others to end; more are told to come again")
+	f.DurationVar(&c.capacity.QueueTimeout, "queue-timeout", c.capacity.QueueTimeout, "time that an upload may wait for others to end")
 	f.DurationVar(&c.server.HeaderTimeout, "header-timeout", c.server.HeaderTimeout, "time in which a client must have sent the header of a request")
 	f.DurationVar(&c.server.IdleTimeout, "idle-timeout", c.server.IdleTimeout, "time that a connection is kept without a request")
 	f.Var(&c.drainSize, "drain-size", "most bytes read of the body of a refused upload, so that the client reads the answer")
@@ -105,12 +115,14 @@ func (c *serveConfig) complete() error {
 		{"max-path-length", int64(c.maxPathLength), 1, math.MaxInt32},
 		{"max-metadata-size", int64(c.maxMetadataSize), 1, disk.MaxMetadataSize},
 		{"max-manifest-size", int64(c.maxManifestSize), 1, math.MaxInt32},
+		{"max-queued-uploads", int64(c.capacity.Queue), 0, math.MaxInt32},
 	} {
 		if bound.value < bound.least || bound.value > bound.most {
 			return usageError("--%s is %d; it must be from %d to %d", bound.flag, bound.value, bound.least, bound.most)
 		}
 	}
 	for flag, d := range map[string]time.Duration{
+		"queue-timeout":    c.capacity.QueueTimeout,
 		"header-timeout":   c.server.HeaderTimeout,
 		"idle-timeout":     c.server.IdleTimeout,
 		"drain-timeout":    c.server.DrainTimeout,
@@ -127,7 +139,29 @@ func (c *serveConfig) complete() error {
 		}
 	}
 	c.server.DrainSize = int64(c.drainSize)
+	least := c.limits().LeastMemory()
+	switch {
+	case c.memory == 0:
+		c.capacity.Memory = max(c.capacity.Memory, least)
+	case int64(c.memory) < least:
+		return usageError("--verify-memory is %d; the largest artifact that the other limits allow needs %d", c.memory, least)
+	default:
+		c.capacity.Memory = int64(c.memory)
+	}
 	return nil
+}
+
+// limits returns the limits of an artifact.
+func (c *serveConfig) limits() artifact.Limits {
+	return artifact.Limits{
+		UnpackedSize: int64(c.maxUnpackedSize),
+		Window:       int64(c.maxWindow),
+		Files:        c.maxFiles,
+		PathLength:   c.maxPathLength,
+		MetadataSize: int64(c.maxMetadataSize),
+		ManifestSize: int64(c.maxManifestSize),
+		Capacity:     c.capacity,
+	}
 }
 
 // serve serves until ctx is done.
@@ -137,15 +171,8 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
 	if c.logFormat.value == "json" {
 		log = slog.New(slog.NewJSONHandler(logTo, options))
 	}
-	verifier := artifact.NewVerifier(artifact.Limits{
-		UnpackedSize: int64(c.maxUnpackedSize),
-		Window:       int64(c.maxWindow),
-		Files:        c.maxFiles,
-		PathLength:   c.maxPathLength,
-		MetadataSize: int64(c.maxMetadataSize),
-		ManifestSize: int64(c.maxManifestSize),
-	})
-	store, err := disk.Open(disk.Config{Dir: c.storageDir, Verifier: verifier, Log: log})
+	verifier := artifact.NewVerifier(c.limits())
+	store, err := disk.Open(disk.Config{Dir: c.storageDir, Verifier: verifier, Durability: disk.Durability(c.durability.value), Log: log})
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,10 @@ package disk
 //	    client has no answer yet, so both outcomes are true to what it knows.
 //	[3] The artifact.
 //
+// Where durability is "none" there is no fsync. A crash of the server alone leaves what is said here
+// all the same, since what was written is with the operating system; a power cut may take what was
+// acknowledged. See durability.go for why what it damages is not served.
+//
 // link and not rename, because rename replaces: with stat and rename two racing uploads both win.
 // A directory that another process made may have a name that is not durable yet, so each process
 // syncs the way to a shard once before it relies on it, whoever made it.
@@ -46,14 +50,30 @@ import (
 
 // upload implements cache.Upload.
 type upload struct {
-	store *Store
-	key   artifact.Key
-	file  *os.File // nil once it is committed or aborted
+	store    *Store
+	key      artifact.Key
+	file     *os.File // nil once it is committed or aborted
+	promised int64    // bytes that are still to be written
 }
 
+// Write asks for the space of what was not declared. What is written counts as taken on the file
+// system itself.
 func (u *upload) Write(p []byte) (int, error) {
+	if more := int64(len(p)) - u.promised; more > 0 {
+		if err := u.store.space.promise(more); err != nil {
+			return 0, translate(err)
+		}
+		u.promised += more
+	}
 	n, err := u.file.Write(p)
+	u.keep(int64(n))
 	return n, translate(err)
+}
+
+// keep gives back space that was promised.
+func (u *upload) keep(size int64) {
+	u.store.space.keep(size)
+	u.promised -= size
 }
 
 func (u *upload) Commit(_ context.Context, info artifact.Info) (artifact.Info, error) {
@@ -71,8 +91,10 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	if err := os.Chtimes(u.file.Name(), time.Time{}, time.Now()); err != nil {
 		return info, err
 	}
-	if err := u.file.Sync(); err != nil {
-		return info, err
+	if s.synced {
+		if err := u.file.Sync(); err != nil {
+			return info, err
+		}
 	}
 	stat, err := u.file.Stat()
 	if err != nil {
@@ -84,10 +106,10 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 		return info, err
 	}
 	u.Abort()
-	if err := s.writeMemo(info); err != nil {
+	if err := s.writeMemo(info, s.synced); err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := s.syncDir(filepath.Dir(path)); err != nil {
 		os.Remove(s.memoPath(u.key))
 		return info, errors.Join(err, os.Remove(path))
 	}
@@ -117,6 +139,7 @@ func (u *upload) Abort() {
 	if u.file == nil {
 		return
 	}
+	u.keep(u.promised)
 	u.file.Close()
 	if err := os.Remove(u.file.Name()); err != nil {
 		u.store.log.Warn("could not remove a temporary file; the next start will", "path", u.file.Name(), "error", err)
@@ -167,7 +190,7 @@ func (s *Store) makeShard(key artifact.Key) error {
 			err = s.replaceByDir(path)
 		}
 		if err == nil {
-			err = syncDir(filepath.Dir(path))
+			err = s.syncDir(filepath.Dir(path))
 		}
 		if err != nil {
 			return err
@@ -206,6 +229,14 @@ func makeDurable(dir string) error {
 		return err
 	}
 	return syncDir(parent)
+}
+
+// syncDir makes the names in a directory durable, if artifacts are to be.
+func (s *Store) syncDir(path string) error {
+	if !s.synced {
+		return nil
+	}
+	return syncDir(path)
 }
 
 // syncDir makes the names in a directory durable.

@@ -53,6 +53,8 @@ type Config struct {
 	Dir string
 	// Verifier verifies what is found in the directory without a memo.
 	Verifier *artifact.Verifier
+	// Durability is DurabilityFull if it is empty.
+	Durability Durability
 	// Log is told about repairs.
 	Log *slog.Logger
 }
@@ -61,9 +63,11 @@ type Config struct {
 type Store struct {
 	dir      string
 	verifier *artifact.Verifier
+	synced   bool // artifacts are, before they are acknowledged
 	log      *slog.Logger
 	lock     *flock.Flock
 	shards   durableShards
+	space    space
 
 	inspections singleflight.Group // in progress, by key
 	aside       sync.Mutex         // held from the look at a file that is in the way until it is moved
@@ -92,7 +96,14 @@ func Open(config Config) (*Store, error) {
 	if !locked {
 		return nil, fmt.Errorf("storage directory %s is in use by another server: stop that one first, or give this one a directory of its own", dir)
 	}
-	s := &Store{dir: dir, verifier: config.Verifier, log: config.Log, lock: lock}
+	s := &Store{
+		dir:      dir,
+		verifier: config.Verifier,
+		synced:   config.Durability != DurabilityNone,
+		log:      config.Log,
+		lock:     lock,
+		space:    space{dir: dir},
+	}
 	if err := s.sweep(); err != nil {
 		lock.Unlock()
 		return nil, err
@@ -155,16 +166,16 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache
 	case !errors.Is(err, cache.ErrNotFound):
 		return nil, err
 	}
-	if size > 0 {
-		if err := checkSpace(s.dir, size); err != nil {
-			return nil, translate(err)
-		}
+	size = max(size, 0)
+	if err := s.space.promise(size); err != nil {
+		return nil, translate(err)
 	}
 	file, err := s.createTmp(key)
 	if err != nil {
+		s.space.keep(size)
 		return nil, translate(err)
 	}
-	return &upload{store: s, key: key, file: file}, nil
+	return &upload{store: s, key: key, file: file, promised: size}, nil
 }
 
 // Open implements cache.Store. The bytes are an *os.File, which sendfile(2) can send.
@@ -266,7 +277,8 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (inspected, error) {
 	}
 	info.StoredAt = stat.ModTime()
 	s.log.Info("verified a stored artifact, since its memo could not be gone by", "key", key, "memo", lack)
-	if err := s.writeMemo(info); err != nil {
+	// What was read may be on its way to the disk only, if it was stored by a server that does not sync.
+	if err := s.writeMemo(info, file.Sync() == nil); err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", key, "error", err)
 	}
 	return inspected{info, stat}, nil

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -63,6 +64,15 @@ func run(t *testing.T, command *exec.Cmd) {
 	if strings.Contains(output.String(), "--- SKIP") {
 		skip(t, "the test in the other process was skipped:\n%s", &output)
 	}
+}
+
+func freeSpace(t *testing.T, dir string) int64 {
+	t.Helper()
+	var stat syscall.Statfs_t
+	if err := syscall.Statfs(dir, &stat); err != nil {
+		t.Fatal(err)
+	}
+	return int64(stat.Bavail) * stat.Bsize
 }
 
 // skip skips a test where the system does not allow it. In CI it does, so there a skip is a failure.
@@ -173,6 +183,34 @@ func TestNoSpace(t *testing.T) {
 	r.put(t, other, small)
 	r.serves(t, other, small)
 
+	// What uploads in flight still have to write is not free, neither for what declares its size nor
+	// for what does not.
+	third := cachetest.Key("third")
+	promised, err := r.store.Create(t.Context(), cachetest.Key("promised"), 300_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.store.Create(t.Context(), third, 300_000); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Create beside an upload that needs the space returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	undeclared, err := r.store.Create(t.Context(), third, cache.UnknownSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := undeclared.Write(large[:300_000]); !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Write beside an upload that needs the space returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	undeclared.Abort()
+	for part := range slices.Chunk(large[:300_000], 50_000) {
+		if _, err := promised.Write(part); err != nil {
+			t.Error("Write of what was promised:", err)
+		}
+	}
+	promised.Abort()
+	r.put(t, third, cachetest.Random(third, 300_000))
+	digits := third.String()
+	removeAll(t, r.path(digits[:2]))
+
 	filler, err := os.Create(filepath.Join(dir, "filler"))
 	if err != nil {
 		t.Fatal(err)
@@ -202,6 +240,24 @@ func TestNoSpace(t *testing.T) {
 	}
 	if got, _, err := r.get(t, key); err != nil || !bytes.Equal(got, content) {
 		t.Errorf("Get from a read-only store returned %d bytes, %v", len(got), err)
+	}
+}
+
+// TestReservationsEnd has uploads that declare what is free, one after the other: each gives back
+// what it did not write.
+func TestReservationsEnd(t *testing.T) {
+	r := open(t, t.TempDir())
+	free := freeSpace(t, r.dir) / 2
+	for range 5 {
+		upload, err := r.store.Create(t.Context(), key, free)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(upload, bytes.NewReader(content)); err != nil {
+			t.Fatal(err)
+		}
+		upload.Abort()
+		upload.Abort()
 	}
 }
 

@@ -56,7 +56,12 @@ type rig struct {
 // open opens a store on a directory until the end of the test.
 func open(t *testing.T, dir string) rig {
 	t.Helper()
-	r, err := tryOpen(dir)
+	return openWith(t, disk.Config{Dir: dir})
+}
+
+func openWith(t *testing.T, config disk.Config) rig {
+	t.Helper()
+	r, err := tryOpenWith(config)
 	if err != nil {
 		t.Fatal("Open:", err)
 	}
@@ -64,11 +69,15 @@ func open(t *testing.T, dir string) rig {
 	return r
 }
 
-func tryOpen(dir string) (rig, error) {
+func tryOpen(dir string) (rig, error) { return tryOpenWith(disk.Config{Dir: dir}) }
+
+// tryOpenWith opens a store whose verifier and log are the test's.
+func tryOpenWith(config disk.Config) (rig, error) {
 	log := new(logbook)
-	verifier := artifact.NewVerifier(artifact.DefaultLimits)
-	store, err := disk.Open(disk.Config{Dir: dir, Verifier: verifier, Log: slog.New(slog.NewTextHandler(log, nil))})
-	return rig{cache.New(store, verifier, cache.Config{MaxSize: 1 << 30}), store, dir, log}, err
+	config.Verifier = artifact.NewVerifier(artifact.DefaultLimits)
+	config.Log = slog.New(slog.NewTextHandler(log, nil))
+	store, err := disk.Open(config)
+	return rig{cache.New(store, config.Verifier, cache.Config{MaxSize: 1 << 30}), store, config.Dir, log}, err
 }
 
 // logbook keeps what is logged.

@@ -34,6 +34,7 @@ type memo struct {
 
 	VerifiedBy       int    `json:"verified_by,omitempty"`
 	ModifiedAt       int64  `json:"modified_at,omitempty"` // of the .zst, Unix nanoseconds: binds the memo to the file
+	Boot             string `json:"boot,omitempty"`        // if the .zst was not synced: see boot
 	UncompressedSize int64  `json:"uncompressed_size"`
 	FileCount        int    `json:"file_count"`
 	PackageName      string `json:"package_name"`
@@ -69,6 +70,8 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 		return none, errors.New("written by another server")
 	case m.CacheKeyHash != key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
 		return none, errors.New("stale")
+	case m.Boot != "" && m.Boot != boot():
+		return none, errors.New("of an artifact that was not synced before the machine stopped")
 	}
 	return artifact.Info{
 		Key:              key,
@@ -87,9 +90,9 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 }
 
 // writeMemo writes the memo of a stored artifact, so that readers see the old one or the new one. It
-// is not synced: a memo that a power cut tears is noticed and made anew.
-func (s *Store) writeMemo(info artifact.Info) error {
-	text, err := json.Marshal(memo{
+// is not synced: a memo that a power cut tears is noticed and made anew. Whether the .zst is, synced says.
+func (s *Store) writeMemo(info artifact.Info, synced bool) error {
+	m := memo{
 		Hash:             info.Hash.String(),
 		Size:             info.Size,
 		CreatedAt:        info.CreatedAt.Unix(),
@@ -101,7 +104,11 @@ func (s *Store) writeMemo(info artifact.Info) error {
 		PackageName:      info.PackageName,
 		TaskName:         info.TaskName,
 		Command:          info.Command,
-	})
+	}
+	if !synced {
+		m.Boot = boot()
+	}
+	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}

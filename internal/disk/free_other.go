@@ -1,0 +1,5 @@
+//go:build !linux
+
+package disk
+
+func freeSpace(string) (int64, error) { return unknownSpace, nil }
