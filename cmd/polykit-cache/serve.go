@@ -23,6 +23,16 @@ import (
 // not say.
 const unpackedRatio = 16
 
+const (
+	// ownDescriptors is how many descriptors are kept for what is no connection and no client's file.
+	// Each connection may need one for a file beside its own, so half of the rest is for connections.
+	ownDescriptors = 64
+
+	// leastHeaderSize has room for what proxies add, and mostHeaderSize is more than anybody needs.
+	leastHeaderSize = 4 << 10
+	mostHeaderSize  = 16 << 20
+)
+
 // serveConfig is all that can be set of a server. The flags document it.
 type serveConfig struct {
 	storageDir      string
@@ -41,6 +51,9 @@ type serveConfig struct {
 	logLevel        choiceFlag
 	logFormat       choiceFlag
 	server          server.Config
+	minUploadRate   sizeFlag
+	minDownloadRate sizeFlag
+	maxHeaderSize   sizeFlag
 	drainSize       sizeFlag
 }
 
@@ -56,6 +69,9 @@ func serveCommand() *cobra.Command {
 		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
 		logFormat:       choiceFlag{"text", []string{"text", "json"}},
 		server:          server.DefaultConfig,
+		minUploadRate:   sizeFlag(server.DefaultConfig.MinUploadRate),
+		minDownloadRate: sizeFlag(server.DefaultConfig.MinDownloadRate),
+		maxHeaderSize:   sizeFlag(server.DefaultConfig.MaxHeaderSize),
 		drainSize:       sizeFlag(server.DefaultConfig.DrainSize),
 	}
 	cmd := &cobra.Command{
@@ -87,6 +103,12 @@ func serveCommand() *cobra.Command {
 	f.DurationVar(&c.capacity.QueueTimeout, "queue-timeout", c.capacity.QueueTimeout, "time that an upload may wait for others to end")
 	f.DurationVar(&c.server.HeaderTimeout, "header-timeout", c.server.HeaderTimeout, "time in which a client must have sent the header of a request")
 	f.DurationVar(&c.server.IdleTimeout, "idle-timeout", c.server.IdleTimeout, "time that a connection is kept without a request")
+	f.DurationVar(&c.server.StallTimeout, "stall-timeout", c.server.StallTimeout, "time that a client may keep the server waiting in the middle of a request before it is given up")
+	f.Var(&c.minUploadRate, "min-upload-rate", "bytes a second that an upload must come with, if it takes longer than that")
+	f.Var(&c.minDownloadRate, "min-download-rate", "bytes a second that a download must be taken with, if it takes longer than that")
+	f.IntVar(&c.server.MaxConnections, "max-connections", 0, fmt.Sprintf("most connections at once; more are told to come again (default %d, or half of the files that may be open)", server.DefaultConfig.MaxConnections))
+	f.IntVar(&c.server.MaxStreams, "max-streams", c.server.MaxStreams, "most requests and calls at once on one HTTP/2 connection")
+	f.Var(&c.maxHeaderSize, "max-header-size", "most bytes in the header of a request")
 	f.Var(&c.drainSize, "drain-size", "most bytes read of the body of a refused upload, so that the client reads the answer")
 	f.DurationVar(&c.server.DrainTimeout, "drain-timeout", c.server.DrainTimeout, "time for reading that")
 	f.DurationVar(&c.server.ShutdownTimeout, "shutdown-timeout", c.server.ShutdownTimeout, "time that requests in flight get to finish after SIGINT or SIGTERM")
@@ -115,6 +137,9 @@ func (c *serveConfig) complete() error {
 		{"max-path-length", int64(c.maxPathLength), 1, math.MaxInt32},
 		{"max-metadata-size", int64(c.maxMetadataSize), 1, disk.MaxMetadataSize},
 		{"max-manifest-size", int64(c.maxManifestSize), 1, math.MaxInt32},
+		{"max-connections", int64(c.server.MaxConnections), 0, math.MaxInt32},
+		{"max-streams", int64(c.server.MaxStreams), 1, math.MaxInt32},
+		{"max-header-size", int64(c.maxHeaderSize), leastHeaderSize, mostHeaderSize},
 		{"max-queued-uploads", int64(c.capacity.Queue), 0, math.MaxInt32},
 	} {
 		if bound.value < bound.least || bound.value > bound.most {
@@ -124,6 +149,7 @@ func (c *serveConfig) complete() error {
 	for flag, d := range map[string]time.Duration{
 		"queue-timeout":    c.capacity.QueueTimeout,
 		"header-timeout":   c.server.HeaderTimeout,
+		"stall-timeout":    c.server.StallTimeout,
 		"idle-timeout":     c.server.IdleTimeout,
 		"drain-timeout":    c.server.DrainTimeout,
 		"shutdown-timeout": c.server.ShutdownTimeout,
@@ -138,6 +164,12 @@ func (c *serveConfig) complete() error {
 			c.maxUnpackedSize = c.maxSize * unpackedRatio
 		}
 	}
+	if c.server.MaxConnections == 0 {
+		c.server.MaxConnections = max(1, min(server.DefaultConfig.MaxConnections, (maxDescriptors()-ownDescriptors)/2))
+	}
+	c.server.MinUploadRate = int64(c.minUploadRate)
+	c.server.MinDownloadRate = int64(c.minDownloadRate)
+	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
 	least := c.limits().LeastMemory()
 	switch {
@@ -182,7 +214,8 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
 		return err
 	}
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.maxSize)}), c.server, log)
-	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.maxSize.String(), "version", version())
+	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.maxSize.String(),
+		"max_connections", c.server.MaxConnections, "max_uploads", c.limits().Slots(), "version", version())
 	if err := s.Serve(ctx, listener); err != nil {
 		return err
 	}

@@ -48,6 +48,7 @@ func (s *Server) newGRPC() *grpc.Server {
 		grpc.StreamInterceptor(func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 			ctx := stream.Context()
 			messages := ctx.Value(messagesKey{}).(*messages)
+			messages.streaming.Store(true)
 			return s.call(ctx, info.FullMethod, func() error { return next(service, &messageStream{stream, messages}) })
 		}),
 	)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 )
@@ -26,21 +27,28 @@ const (
 // buffer of 16 KiB on each read, however little that brings. So a message is read only when it is
 // about to be asked for, and each read but a message's last fills its buffer. HTTP/2's own flow
 // control then makes the client wait.
+//
+// The client must send at the least rate of an upload, while it is waited for.
 type messages struct {
 	io.ReadCloser
-	left   int64         // bytes of the message that are still to be read
-	wanted chan struct{} // holds one for each message that may be read
-	closed chan struct{}
-	close  func()
+	pace      *pace
+	streaming atomic.Bool   // a handler gets to hear that the client was too slow
+	slow      chan error    // that it was
+	left      int64         // bytes of the message that are still to be read
+	wanted    chan struct{} // holds one for each message that may be read
+	closed    chan struct{}
+	close     func()
 }
 
 type messagesKey struct{}
 
 // readByMessage returns a call of which the body is read message by message, when the server's
 // handlers ask for them.
-func readByMessage(r *http.Request) *http.Request {
+func readByMessage(r *http.Request, pace *pace) *http.Request {
 	m := &messages{
 		ReadCloser: r.Body,
+		pace:       pace,
+		slow:       make(chan error, 1),
 		wanted:     make(chan struct{}, messagesAhead+1),
 		closed:     make(chan struct{}),
 	}
@@ -69,7 +77,7 @@ func (m *messages) Read(p []byte) (int, error) {
 		case <-m.closed:
 			return 0, io.EOF
 		}
-		n, err := io.ReadFull(m.ReadCloser, p[:messagePrefix])
+		n, err := m.fill(p[:messagePrefix])
 		if n == messagePrefix {
 			m.left = int64(binary.BigEndian.Uint32(p[1:]))
 		}
@@ -79,13 +87,39 @@ func (m *messages) Read(p []byte) (int, error) {
 		<-m.closed
 		return 0, io.EOF
 	}
-	n, err := io.ReadFull(m.ReadCloser, p[:min(int64(len(p)), m.left)])
+	n, err := m.fill(p[:min(int64(len(p)), m.left)])
 	m.left -= int64(n)
+	return n, err
+}
+
+// fill reads until p is full.
+func (m *messages) fill(p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var more int
+		m.pace.begin(0)
+		more, err = m.ReadCloser.Read(p[n:])
+		m.pace.end(more)
+		n += more
+	}
+	switch {
+	case n == len(p):
+		return n, nil
+	case n > 0 && err == io.EOF:
+		return n, io.ErrUnexpectedEOF
+	case err != nil && err != io.EOF && m.streaming.Load():
+		if slow := m.pace.stop("send"); slow != nil {
+			// grpc-go would make a status of its own of any error.
+			m.slow <- slow
+			<-m.closed
+			return 0, io.EOF
+		}
+	}
 	return n, err
 }
 
 func (m *messages) Close() error {
 	m.close()
+	m.pace.stop("send")
 	return m.ReadCloser.Close()
 }
 
@@ -97,5 +131,12 @@ type messageStream struct {
 
 func (s *messageStream) RecvMsg(message any) error {
 	s.messages.want()
-	return s.ServerStream.RecvMsg(message)
+	received := make(chan error, 1)
+	go func() { received <- s.ServerStream.RecvMsg(message) }()
+	select {
+	case err := <-received:
+		return err
+	case slow := <-s.messages.slow:
+		return slow
+	}
 }

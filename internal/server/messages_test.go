@@ -4,15 +4,23 @@ import (
 	"bytes"
 	"encoding/binary"
 	"io"
+	"net/http"
 	"net/http/httptest"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
+	"time"
 )
 
 // grpcMessage returns a message of gRPC over HTTP/2 with length bytes of content.
 func grpcMessage(length int) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(length)), make([]byte, length)...)
+}
+
+// byMessage returns a call with a body, whose client is not too slow.
+func byMessage(body io.Reader) *http.Request {
+	pace := newPace(time.Hour, 1, func(time.Time) error { return nil })
+	return readByMessage(httptest.NewRequest("POST", "/", body), pace)
 }
 
 // readInBuffers reads as grpc-go does, in buffers of 16 KiB, and sends how much each read brought.
@@ -37,7 +45,7 @@ func TestMessagesAreReadWhenWanted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const length, count = 1000, 10
 		body := bytes.NewReader(bytes.Repeat(grpcMessage(length), count))
-		r := readByMessage(httptest.NewRequest("POST", "/", body))
+		r := byMessage(body)
 		readInBuffers(r.Body)
 		for want := messagesAhead; want < count; want++ {
 			synctest.Wait()
@@ -54,7 +62,7 @@ func TestMessagesAreReadWhenWanted(t *testing.T) {
 // for each.
 func TestMessagesFillBuffers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := readByMessage(httptest.NewRequest("POST", "/", iotest.OneByteReader(bytes.NewReader(grpcMessage(40_000)))))
+		r := byMessage(iotest.OneByteReader(bytes.NewReader(grpcMessage(40_000))))
 		reads := readInBuffers(r.Body)
 		for _, want := range []int{messagePrefix, 16 << 10, 16 << 10, 40_000 - 32<<10, 0} {
 			if n := <-reads; n != want {
@@ -69,7 +77,7 @@ func TestMessagesFillBuffers(t *testing.T) {
 func TestMessagesOverTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		body := bytes.NewReader(grpcMessage(maxMessageSize + 1))
-		r := readByMessage(httptest.NewRequest("POST", "/", body))
+		r := byMessage(body)
 		reads := readInBuffers(r.Body)
 		synctest.Wait()
 		if read := body.Size() - int64(body.Len()); read != messagePrefix {

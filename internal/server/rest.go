@@ -19,7 +19,9 @@ func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 	key, err := artifact.ParseKey(r.PathValue("cache_key"))
 	var info artifact.Info
 	if err == nil {
-		info, err = s.cache.Put(r.Context(), key, r.ContentLength, r.Body)
+		body := s.paceBody(w, r)
+		info, err = s.cache.Put(r.Context(), key, r.ContentLength, body)
+		body.pace.stop("send")
 	}
 	if err != nil {
 		s.refuse(w, r, err)
@@ -127,7 +129,7 @@ func (d *download) Write(p []byte) (int, error) {
 // the client's.
 func (d *download) ReadFrom(r io.Reader) (n int64, err error) {
 	file := fileOf(r)
-	if _, sends := d.ResponseWriter.(io.ReaderFrom); !sends || file == nil {
+	if file == nil {
 		n, err = io.Copy(struct{ io.Writer }{d}, r)
 	} else {
 		n, err = io.Copy(d.ResponseWriter, r)
@@ -171,7 +173,10 @@ func (d *download) cutShort() error {
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	f := faultOf(err)
 	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
-	if r.Body == http.NoBody {
+	if errors.Is(err, errTooSlow) {
+		w.Header().Set("Connection", "close")
+	}
+	if r.Body == http.NoBody || errors.Is(err, errTooSlow) {
 		writeFault(w, f)
 		return
 	}
@@ -194,6 +199,10 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		}
 		connection.SetReadDeadline(deadline)
 		n, err := r.Body.Read(buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) && r.ProtoMajor == 1 {
+			// net/http would take what may still come for the next request.
+			panic(http.ErrAbortHandler)
+		}
 		if err != nil {
 			return
 		}

@@ -45,6 +45,20 @@ type Config struct {
 	HeaderTimeout time.Duration
 	// IdleTimeout bounds the time that a connection may be kept without a request.
 	IdleTimeout time.Duration
+	// StallTimeout bounds the time that a client may keep the server waiting for the bytes of an upload,
+	// or with the bytes of a download, before it is given up.
+	StallTimeout time.Duration
+	// MinUploadRate is the least rate of an upload, in bytes per second, that lasts longer than
+	// StallTimeout.
+	MinUploadRate int64
+	// MinDownloadRate is the same of a download.
+	MinDownloadRate int64
+	// MaxConnections is the most connections that are open at once; more are told to come again.
+	MaxConnections int
+	// MaxHeaderSize is the most bytes in the header of a request.
+	MaxHeaderSize int
+	// MaxStreams is the most requests and calls at once on one HTTP/2 connection.
+	MaxStreams int
 	// DrainSize is the most bytes that are read of the body of a refused HTTP/1.1 request, so that
 	// the client gets to read the answer.
 	DrainSize int64
@@ -58,6 +72,12 @@ type Config struct {
 var DefaultConfig = Config{
 	HeaderTimeout:   10 * time.Second,
 	IdleTimeout:     5 * time.Minute,
+	StallTimeout:    30 * time.Second,
+	MinUploadRate:   8 << 10,
+	MinDownloadRate: 8 << 10,
+	MaxConnections:  10_000,
+	MaxHeaderSize:   64 << 10,
+	MaxStreams:      250,
 	DrainSize:       1 << 30,
 	DrainTimeout:    30 * time.Second,
 	ShutdownTimeout: 30 * time.Second,
@@ -92,6 +112,11 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 		Protocols:         protocols,
 		ReadHeaderTimeout: config.HeaderTimeout,
 		IdleTimeout:       config.IdleTimeout,
+		MaxHeaderBytes:    config.MaxHeaderSize,
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: config.MaxStreams,
+			WriteByteTimeout:     config.StallTimeout, // of the connection, beside that of each stream
+		},
 		// OPTIONS * too is a path that there is not.
 		DisableGeneralOptionsHandler: true,
 
@@ -104,8 +129,9 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 // split hands gRPC calls to grpc-go and all else to rest.
 func (s *Server) split(rest http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
-			s.grpc.ServeHTTP(w, readByMessage(r))
+		if isGRPC(r) {
+			pace := newPace(s.config.StallTimeout, s.config.MinUploadRate, http.NewResponseController(w).SetReadDeadline)
+			s.grpc.ServeHTTP(w, readByMessage(r, pace))
 			return
 		}
 		defer func() {
@@ -118,6 +144,10 @@ func (s *Server) split(rest http.Handler) http.Handler {
 		}()
 		rest.ServeHTTP(w, r)
 	})
+}
+
+func isGRPC(r *http.Request) bool {
+	return r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 
 // track counts the requests in flight. While the server drains, it tells clients that keep a
@@ -137,7 +167,9 @@ func (s *Server) track(next http.Handler) http.Handler {
 		if s.notDraining() != nil {
 			w.Header().Set("Connection", "close") // over HTTP/2, net/http makes a GOAWAY of it
 		}
-		next.ServeHTTP(w, r)
+		paced, handled := s.paceRequest(w, r)
+		defer handled()
+		next.ServeHTTP(paced, r)
 	})
 }
 
@@ -145,8 +177,12 @@ func (s *Server) track(next http.Handler) http.Handler {
 // finish within Config.ShutdownTimeout, and cuts those that do not. It can be called once. In that time requests that still
 // come, on connections that are open, are refused with a status that says so.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
+	limited := newLimitedListener(listener, s.config.MaxConnections, func(conn net.Conn) {
+		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)
+	})
+	s.http.ConnState = limited.changed
 	failed := make(chan error, 1)
-	go func() { failed <- s.http.Serve(listener) }()
+	go func() { failed <- s.http.Serve(limited) }()
 	select {
 	case err := <-failed:
 		return err

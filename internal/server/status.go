@@ -50,6 +50,7 @@ var faults = []fault{
 	{errDraining, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is shutting down: try again"},
 	{artifact.ErrBusy, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},
 	{cache.ErrOverloaded, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},
+	{errTooSlow, codes.DeadlineExceeded, "CLIENT_TOO_SLOW", http.StatusRequestTimeout, ""},
 	// Nobody is there any more to read these two, but proxies and logs.
 	{cache.ErrUploadAborted, codes.Canceled, "ABORTED_BY_CLIENT", http.StatusBadRequest, "The upload ended before the artifact did"},
 	{context.Canceled, codes.Canceled, "ABORTED_BY_CLIENT", http.StatusBadRequest, "The request was cancelled"},

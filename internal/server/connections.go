@@ -1,0 +1,86 @@
+package server
+
+import (
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// maxRefusals is how many connections over the limit are told so at once. What comes beyond is
+	// closed without a word.
+	maxRefusals = 16
+	// refusalTimeout bounds the time for telling one.
+	refusalTimeout = time.Second
+	// refusalSize is how much is read of what a refused client sends, so that it gets to read the answer.
+	refusalSize = 64 << 10
+)
+
+// overloadAnswer is what a connection over the limit gets. Clients of gRPC take it for a
+// server that is unavailable.
+const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
+	"Content-Type: application/json\r\n" +
+	"Retry-After: 1\r\n" +
+	"Content-Length: 67\r\n" +
+	"Connection: close\r\n\r\n" +
+	`{"error":"The server has too many connections: try again in a bit"}`
+
+// limitedListener accepts up to a number of connections, and refuses more. It leaves connections as
+// they are, since net/http sends files only over the operating system's own.
+type limitedListener struct {
+	net.Listener
+	most     int64
+	open     atomic.Int64
+	refusals chan struct{}
+	refused  func(net.Conn)
+}
+
+func newLimitedListener(listener net.Listener, most int, refused func(net.Conn)) *limitedListener {
+	return &limitedListener{Listener: listener, most: int64(most), refusals: make(chan struct{}, maxRefusals), refused: refused}
+}
+
+func (l *limitedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.open.Add(1) <= l.most {
+			return conn, nil
+		}
+		l.open.Add(-1)
+		l.refused(conn)
+		select {
+		case l.refusals <- struct{}{}:
+			go func() {
+				refuseConnection(conn)
+				<-l.refusals
+			}()
+		default:
+			conn.Close()
+		}
+	}
+}
+
+// changed is told of the state of every connection that was accepted.
+func (l *limitedListener) changed(_ net.Conn, state http.ConnState) {
+	if state == http.StateClosed || state == http.StateHijacked {
+		l.open.Add(-1)
+	}
+}
+
+// refuseConnection tells a client that there are too many.
+func refuseConnection(conn net.Conn) {
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(refusalTimeout))
+	if _, err := io.WriteString(conn, overloadAnswer); err != nil {
+		return
+	}
+	// A connection that is closed while the client sends is reset, and the answer lost.
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+		io.CopyN(io.Discard, conn, refusalSize)
+	}
+}

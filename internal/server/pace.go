@@ -1,0 +1,203 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// errTooSlow says that a client kept the server waiting for longer than it may.
+var errTooSlow = errors.New("the client is too slow")
+
+// pace bounds how long a client may keep the server waiting for bytes, or with bytes that it does not
+// take. A client has a stock of time, at first all that it may have. Waiting for it takes from the
+// stock, each byte adds what it may take at the least rate, and when nothing is left the client is
+// given up. So a transfer of n bytes is waited for no longer than stock + n/rate in all, whatever its
+// size is said to be, and no more than the stock at a time. What the server itself takes does not count.
+//
+// Only when the client is given up is a deadline set on the connection or stream: deadlines of net/http's
+// HTTP/2 strike whether or not anybody waits, so one that is set beforehand would punish a client for
+// the time that the server takes.
+type pace struct {
+	most   time.Duration         // of the stock
+	rate   int64                 // bytes per second
+	expire func(time.Time) error // sets the deadline
+
+	mu       sync.Mutex
+	left     time.Duration
+	began    time.Time // zero while nobody waits
+	deadline time.Time // of who waits
+	timer    *time.Timer
+	fires    time.Time // zero if the timer is not set
+	gaveUp   bool
+}
+
+func newPace(stall time.Duration, rate int64, expire func(time.Time) error) *pace {
+	return &pace{most: stall, rate: rate, left: stall, expire: expire}
+}
+
+// worth returns the time that n bytes may take.
+func (p *pace) worth(n int) time.Duration {
+	return time.Duration(float64(n) / float64(p.rate) * float64(time.Second))
+}
+
+// begin says that the server now waits for a transfer of n bytes to end, or of as many as come if n
+// is 0.
+func (p *pace) begin(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.began = time.Now()
+	p.deadline = p.began.Add(p.left + p.worth(n))
+	// Most transfers are over at once, so the timer of an earlier one is left as it is if it fires
+	// soon enough.
+	if p.fires.IsZero() || p.fires.After(p.deadline) {
+		p.arm()
+	}
+}
+
+// end says that the transfer ended, with n bytes.
+func (p *pace) end(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.left = min(p.most, p.left+p.worth(n)-time.Since(p.began))
+	p.began = time.Time{}
+}
+
+func (p *pace) arm() {
+	p.fires = p.deadline
+	if p.timer == nil {
+		p.timer = time.AfterFunc(time.Until(p.fires), p.look)
+	} else {
+		p.timer.Reset(time.Until(p.fires))
+	}
+}
+
+// look gives the client up if it is time to.
+func (p *pace) look() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fires = time.Time{}
+	switch {
+	case p.began.IsZero():
+	case time.Now().Before(p.deadline):
+		p.arm()
+	default:
+		p.gaveUp = true
+		p.expire(time.Unix(1, 0))
+	}
+}
+
+// stop ends the pace. It returns an error that says so if the client was given up; it did not do what
+// it should have.
+func (p *pace) stop(should string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+	if !p.gaveUp {
+		return nil
+	}
+	return fmt.Errorf("%w: it must %s something within %v, and %d bytes a second over time", errTooSlow, should, p.most, p.rate)
+}
+
+// pacedBody is the body of an upload, whose client must send it at the least rate.
+type pacedBody struct {
+	body io.Reader
+	pace *pace
+}
+
+func (b *pacedBody) Read(p []byte) (int, error) {
+	b.pace.begin(0)
+	n, err := b.body.Read(p)
+	b.pace.end(n)
+	if err != nil {
+		if slow := b.pace.stop("send"); slow != nil {
+			err = slow
+		}
+	}
+	return n, err
+}
+
+// pacedWriter is an answer whose client must take it at the least rate.
+type pacedWriter struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	pace    *pace
+}
+
+// Unwrap is for http.ResponseController.
+func (w *pacedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *pacedWriter) Write(p []byte) (int, error) {
+	w.pace.begin(len(p))
+	n, err := w.ResponseWriter.Write(p)
+	w.pace.end(n)
+	return n, err
+}
+
+// Flush is what gRPC asks of a ResponseWriter.
+func (w *pacedWriter) Flush() { w.FlushError() }
+
+// FlushError is what http.ResponseController asks of one.
+func (w *pacedWriter) FlushError() error {
+	w.pace.begin(0)
+	defer w.pace.end(0)
+	return w.control.Flush()
+}
+
+// sendSize is how much of a file is sent at a time.
+const sendSize = 256 << 10
+
+// ReadFrom lets net/http use sendfile(2), if r is a file or a part of one.
+func (w *pacedWriter) ReadFrom(r io.Reader) (sent int64, err error) {
+	to, sends := w.ResponseWriter.(io.ReaderFrom)
+	file := fileOf(r)
+	if !sends || file == nil {
+		return io.Copy(struct{ io.Writer }{w}, r)
+	}
+	left := int64(math.MaxInt64)
+	if part, limited := r.(*io.LimitedReader); limited {
+		left = part.N
+	}
+	for left > 0 {
+		size := min(left, sendSize)
+		w.pace.begin(int(size))
+		n, err := to.ReadFrom(&io.LimitedReader{R: file, N: size})
+		w.pace.end(int(n))
+		sent += n
+		left -= n
+		if err != nil || n < size {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
+
+// paceRequest bounds what the client of a request takes and what it sends, but for the bodies of
+// uploads and calls, which have a pace of their own. What it returns must be called when the request
+// was handled.
+func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) (paced *pacedWriter, handled func()) {
+	control := http.NewResponseController(w)
+	if r.ProtoMajor == 1 && r.Body != http.NoBody {
+		// A body that no handler reads net/http does, before it answers.
+		control.SetReadDeadline(time.Now().Add(s.config.StallTimeout))
+	}
+	paced = &pacedWriter{w, control, newPace(s.config.StallTimeout, s.config.MinDownloadRate, control.SetWriteDeadline)}
+	return paced, func() {
+		if paced.pace.stop("take") == nil && !isGRPC(r) {
+			control.SetWriteDeadline(time.Now().Add(s.config.StallTimeout)) // what is buffered is sent now
+		}
+	}
+}
+
+// paceBody returns the body of an upload, whose pace must be stopped.
+func (s *Server) paceBody(w http.ResponseWriter, r *http.Request) *pacedBody {
+	control := http.NewResponseController(w)
+	control.SetReadDeadline(time.Time{}) // from here on the pace counts
+	return &pacedBody{r.Body, newPace(s.config.StallTimeout, s.config.MinUploadRate, control.SetReadDeadline)}
+}
