@@ -51,13 +51,19 @@ type progress struct {
 }
 
 func (p *progress) Write(b []byte) (int, error) {
+	p.add(int64(len(b)))
+	return len(b), nil
+}
+
+// add says that n more bytes are done.
+func (p *progress) add(n int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.n += int64(len(b))
+	p.n += n
 	switch {
 	case p.to == nil || p.stopped:
 	case p.bar != nil:
-		p.bar.Add(len(b))
+		p.bar.Add64(n)
 	case time.Now().After(p.showAt):
 		p.bar = progressbar.NewOptions64(p.total,
 			progressbar.OptionSetWriter(p.to),
@@ -73,7 +79,15 @@ func (p *progress) Write(b []byte) (int, error) {
 		)
 		p.bar.Add64(p.n)
 	}
-	return len(b), nil
+}
+
+// clear makes room for a line on the terminal. The next progress shows the bar again.
+func (p *progress) clear() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.bar != nil {
+		p.bar.Clear()
+	}
 }
 
 // stop removes the progress from the terminal.

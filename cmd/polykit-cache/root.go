@@ -9,7 +9,8 @@ import (
 const rootLong = `polykit-cache is a self-hosted remote cache for build artifacts.
 
 Without a command it serves: REST for Polykit and gRPC for other tools, on one port, over artifacts
-that were proved sound before they can be seen. The commands talk to a server that runs.
+that were proved sound before they can be seen. The commands talk to a server that runs, but for pack and
+verify, which need none.
 
 Every flag can be set in the environment too; a flag on the command line wins.
 
@@ -36,6 +37,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd.Flags()) }
 	root.AddCommand(clientCommands()...)
+	root.AddCommand(verifyCommand())
 	for _, cmd := range append(root.Commands(), root) {
 		describeEnvironment(cmd.Flags())
 		if args := cmd.Args; args != nil {

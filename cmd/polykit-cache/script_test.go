@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -52,10 +53,12 @@ func TestScripts(t *testing.T) {
 					return nil
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
-					"exits":    scriptExits,
-					"refused":  scriptRefused,
-					"server":   scriptServer,
-					"tlsproxy": scriptTLSProxy,
+					"exits":      scriptExits,
+					"flip":       scriptFlip,
+					"refused":    scriptRefused,
+					"server":     scriptServer,
+					"stopserver": scriptStopServer,
+					"tlsproxy":   scriptTLSProxy,
 				},
 			})
 		})
@@ -118,19 +121,49 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	cmd.Stderr = &stderr
 	ts.Check(cmd.Start())
 	address, rest := readAddress(stdout)
-	ts.Defer(func() {
-		t := ts.Value(testingTB{}).(testing.TB)
+	t := ts.Value(testingTB{}).(testing.TB)
+	stop := sync.OnceFunc(func() {
 		cmd.Process.Signal(syscall.SIGTERM)
 		log := <-rest
 		if err := cmd.Wait(); err != nil || !strings.Contains(log, "stopped") {
 			t.Errorf("the server ended with %v; its log:\n%s%s", err, log, stderr.String())
 		}
 	})
+	ts.Defer(stop)
+	stops.Store(ts, stop)
 	if address == "" {
 		ts.Fatalf("the server does not listen: %s", stderr.String())
 	}
 	ts.Setenv("SERVER", "http://"+address)
 	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+address)
+}
+
+// stops has, for each script, what stops its server.
+var stops sync.Map
+
+// scriptStopServer is "stopserver": it stops the server that was started last.
+func scriptStopServer(ts *testscript.TestScript, neg bool, args []string) {
+	stop, started := stops.LoadAndDelete(ts)
+	if neg || len(args) > 0 || !started {
+		ts.Fatalf("usage: stopserver, where one runs")
+	}
+	stop.(func())()
+}
+
+// scriptFlip is "flip FILE": it flips a bit in the middle of a file, as a disk may, without changing
+// the file's time.
+func scriptFlip(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: flip FILE")
+	}
+	path := ts.MkAbs(args[0])
+	stat, err := os.Stat(path)
+	ts.Check(err)
+	content, err := os.ReadFile(path)
+	ts.Check(err)
+	content[len(content)/2] ^= 1
+	ts.Check(os.WriteFile(path, content, 0o644))
+	ts.Check(os.Chtimes(path, stat.ModTime(), stat.ModTime()))
 }
 
 // readAddress reads the log of a server until it says the address that the server listens on, and

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -18,10 +17,6 @@ import (
 	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/server"
 )
-
-// unpackedRatio is how many times --max-size an artifact may unpack to if --max-unpacked-size does
-// not say.
-const unpackedRatio = 16
 
 const (
 	// ownDescriptors is how many descriptors are kept for what is no connection and no client's file.
@@ -39,15 +34,9 @@ type serveConfig struct {
 	bind            string
 	port            int
 	durability      choiceFlag
-	maxSize         sizeFlag
-	maxUnpackedSize sizeFlag
-	maxWindow       sizeFlag
-	maxFiles        int
-	maxPathLength   int
-	maxMetadataSize sizeFlag
-	maxManifestSize sizeFlag
-	capacity        artifact.Capacity
-	memory          sizeFlag // of the capacity
+	limits          limitFlags
+	scrub           disk.ScrubConfig
+	scrubRate       sizeFlag
 	logLevel        choiceFlag
 	logFormat       choiceFlag
 	server          server.Config
@@ -58,14 +47,11 @@ type serveConfig struct {
 }
 
 func serveCommand() *cobra.Command {
-	limits := artifact.DefaultLimits
 	c := serveConfig{
+		limits:          newLimitFlags(),
+		scrub:           disk.ScrubConfig{Interval: 30 * 24 * time.Hour},
+		scrubRate:       16 << 20,
 		durability:      choiceFlag{string(disk.DurabilityFull), []string{string(disk.DurabilityFull), string(disk.DurabilityNone)}},
-		maxSize:         1 << 30,
-		maxWindow:       sizeFlag(limits.Window),
-		maxMetadataSize: sizeFlag(limits.MetadataSize),
-		maxManifestSize: sizeFlag(limits.ManifestSize),
-		capacity:        limits.Capacity,
 		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
 		logFormat:       choiceFlag{"text", []string{"text", "json"}},
 		server:          server.DefaultConfig,
@@ -91,16 +77,11 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
-	f.Var(&c.maxSize, "max-size", "most bytes of an artifact as uploaded")
-	f.Var(&c.maxUnpackedSize, "max-unpacked-size", fmt.Sprintf("most bytes that an artifact may unpack to (default %d times --max-size)", unpackedRatio))
-	f.Var(&c.maxWindow, "max-window", "largest zstd window that an artifact may need; bounds the memory of an upload")
-	f.IntVar(&c.maxFiles, "max-files", limits.Files, "most files and directories in an artifact")
-	f.IntVar(&c.maxPathLength, "max-path-length", limits.PathLength, "most bytes in the path of a file in an artifact")
-	f.Var(&c.maxMetadataSize, "max-metadata-size", "most bytes in an artifact's metadata.json")
-	f.Var(&c.maxManifestSize, "max-manifest-size", "most bytes in an artifact's manifest.json, and in all its paths together")
-	f.Var(&c.memory, "verify-memory", fmt.Sprintf("most memory that uploads and other verifications take together; bounds how many run at once (default %s, or what the largest artifact needs)", humanize.IBytes(uint64(limits.Memory))))
-	f.IntVar(&c.capacity.Queue, "max-queued-uploads", c.capacity.Queue, "most uploads that wait for others to end; more are told to come again")
-	f.DurationVar(&c.capacity.QueueTimeout, "queue-timeout", c.capacity.QueueTimeout, "time that an upload may wait for others to end")
+	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
+	f.Var(&c.scrubRate, "scrub-rate", "most bytes a second that are read for that")
+	c.limits.add(f)
+	f.IntVar(&c.limits.capacity.Queue, "max-queued-uploads", c.limits.capacity.Queue, "most uploads that wait for others to end; more are told to come again")
+	f.DurationVar(&c.limits.capacity.QueueTimeout, "queue-timeout", c.limits.capacity.QueueTimeout, "time that an upload may wait for others to end")
 	f.DurationVar(&c.server.HeaderTimeout, "header-timeout", c.server.HeaderTimeout, "time in which a client must have sent the header of a request")
 	f.DurationVar(&c.server.IdleTimeout, "idle-timeout", c.server.IdleTimeout, "time that a connection is kept without a request")
 	f.DurationVar(&c.server.StallTimeout, "stall-timeout", c.server.StallTimeout, "time that a client may keep the server waiting in the middle of a request before it is given up")
@@ -128,26 +109,17 @@ func (c *serveConfig) complete() error {
 	if _, err := net.ResolveIPAddr("ip", c.bind); err != nil || c.bind == "" {
 		return usageError("--bind is %q; it must be an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::", c.bind)
 	}
-	for _, bound := range []struct {
-		flag               string
-		value, least, most int64
-	}{
-		{"max-window", int64(c.maxWindow), artifact.MinWindow, artifact.MaxWindow},
-		{"max-files", int64(c.maxFiles), 1, math.MaxInt32},
-		{"max-path-length", int64(c.maxPathLength), 1, math.MaxInt32},
-		{"max-metadata-size", int64(c.maxMetadataSize), 1, disk.MaxMetadataSize},
-		{"max-manifest-size", int64(c.maxManifestSize), 1, math.MaxInt32},
+	err := checkBounds([]bound{
 		{"max-connections", int64(c.server.MaxConnections), 0, math.MaxInt32},
 		{"max-streams", int64(c.server.MaxStreams), 1, math.MaxInt32},
 		{"max-header-size", int64(c.maxHeaderSize), leastHeaderSize, mostHeaderSize},
-		{"max-queued-uploads", int64(c.capacity.Queue), 0, math.MaxInt32},
-	} {
-		if bound.value < bound.least || bound.value > bound.most {
-			return usageError("--%s is %d; it must be from %d to %d", bound.flag, bound.value, bound.least, bound.most)
-		}
+		{"max-queued-uploads", int64(c.limits.capacity.Queue), 0, math.MaxInt32},
+	})
+	if err != nil {
+		return err
 	}
 	for flag, d := range map[string]time.Duration{
-		"queue-timeout":    c.capacity.QueueTimeout,
+		"queue-timeout":    c.limits.capacity.QueueTimeout,
 		"header-timeout":   c.server.HeaderTimeout,
 		"stall-timeout":    c.server.StallTimeout,
 		"idle-timeout":     c.server.IdleTimeout,
@@ -158,12 +130,10 @@ func (c *serveConfig) complete() error {
 			return usageError("--%s is %v; it must be more than 0", flag, d)
 		}
 	}
-	if c.maxUnpackedSize == 0 {
-		c.maxUnpackedSize = sizeFlag(math.MaxInt64)
-		if c.maxSize < math.MaxInt64/unpackedRatio {
-			c.maxUnpackedSize = c.maxSize * unpackedRatio
-		}
+	if c.scrub.Interval < 0 {
+		return usageError("--scrub-interval is %v; it must not be negative", c.scrub.Interval)
 	}
+	c.scrub.Rate = int64(c.scrubRate)
 	if c.server.MaxConnections == 0 {
 		c.server.MaxConnections = max(1, min(server.DefaultConfig.MaxConnections, (maxDescriptors()-ownDescriptors)/2))
 	}
@@ -171,29 +141,7 @@ func (c *serveConfig) complete() error {
 	c.server.MinDownloadRate = int64(c.minDownloadRate)
 	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
-	least := c.limits().LeastMemory()
-	switch {
-	case c.memory == 0:
-		c.capacity.Memory = max(c.capacity.Memory, least)
-	case int64(c.memory) < least:
-		return usageError("--verify-memory is %d; the largest artifact that the other limits allow needs %d", c.memory, least)
-	default:
-		c.capacity.Memory = int64(c.memory)
-	}
-	return nil
-}
-
-// limits returns the limits of an artifact.
-func (c *serveConfig) limits() artifact.Limits {
-	return artifact.Limits{
-		UnpackedSize: int64(c.maxUnpackedSize),
-		Window:       int64(c.maxWindow),
-		Files:        c.maxFiles,
-		PathLength:   c.maxPathLength,
-		MetadataSize: int64(c.maxMetadataSize),
-		ManifestSize: int64(c.maxManifestSize),
-		Capacity:     c.capacity,
-	}
+	return c.limits.complete()
 }
 
 // serve serves until ctx is done.
@@ -203,7 +151,7 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
 	if c.logFormat.value == "json" {
 		log = slog.New(slog.NewJSONHandler(logTo, options))
 	}
-	verifier := artifact.NewVerifier(c.limits())
+	verifier := artifact.NewVerifier(c.limits.limits())
 	store, err := disk.Open(disk.Config{Dir: c.storageDir, Verifier: verifier, Durability: disk.Durability(c.durability.value), Log: log})
 	if err != nil {
 		return err
@@ -213,9 +161,21 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
 	if err != nil {
 		return err
 	}
-	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.maxSize)}), c.server, log)
-	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.maxSize.String(),
-		"max_connections", c.server.MaxConnections, "max_uploads", c.limits().Slots(), "version", version())
+	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize)}), c.server, log)
+	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
+		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "version", version())
+	if c.scrub.Interval > 0 {
+		scrubbing, stop := context.WithCancel(ctx)
+		scrubbed := make(chan struct{})
+		go func() {
+			defer close(scrubbed)
+			store.Scrub(scrubbing, c.scrub)
+		}()
+		defer func() {
+			stop()
+			<-scrubbed
+		}()
+	}
 	if err := s.Serve(ctx, listener); err != nil {
 		return err
 	}

@@ -72,20 +72,40 @@ func (v *Verifier) Verify(r io.Reader, key Key) (*Contents, error) {
 }
 
 // Inspect is Verify for an artifact of which nothing is known: it also tells its hash and size. It
-// waits to be admitted, since a small request can ask for the inspection of a large artifact.
+// waits to be admitted, since a small request can ask for the inspection of a large artifact, and ends
+// when ctx does.
 func (v *Verifier) Inspect(ctx context.Context, r io.Reader, key Key) (*Contents, Info, error) {
 	release, err := v.Admit(ctx)
 	if err != nil {
 		return nil, Info{}, err
 	}
 	defer release()
+	return v.InspectNow(ctx, r, key)
+}
+
+// InspectNow is Inspect that does not wait, for a caller that inspects one artifact at a time and may
+// take long for it.
+func (v *Verifier) InspectNow(ctx context.Context, r io.Reader, key Key) (*Contents, Info, error) {
 	sum := sha256.New()
 	count := &counter{}
-	contents, err := v.Verify(io.TeeReader(r, io.MultiWriter(sum, count)), key)
+	contents, err := v.Verify(io.TeeReader(&cancelReader{ctx, r}, io.MultiWriter(sum, count)), key)
 	if err != nil {
 		return nil, Info{}, err
 	}
 	return contents, contents.Info(key, Digest(sum.Sum(nil)), count.n), nil
+}
+
+// cancelReader reads until ctx is done.
+type cancelReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *cancelReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
 }
 
 type counter struct{ n int64 }

@@ -167,7 +167,7 @@ func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, e
 		return nil, err
 	}
 	defer file.Close()
-	contents, found, err := c.verifier.Inspect(ctx, &cancelReader{ctx, file}, key)
+	contents, found, err := c.verifier.Inspect(ctx, file, key)
 	if err == nil && found.Hash != info.Hash {
 		err = &artifact.UnsoundError{
 			Rule:  artifact.RuleStream,
@@ -244,17 +244,4 @@ func (in *intake) take(p []byte) error {
 	in.hash.Write(p)
 	_, err := in.upload.Write(p)
 	return err
-}
-
-// cancelReader reads until ctx is done.
-type cancelReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c *cancelReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
 }

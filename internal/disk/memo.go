@@ -24,6 +24,9 @@ const MaxMetadataSize = 1 << 20
 // maxMemoSize is more bytes than any memo has: JSON may take six for one.
 const maxMemoSize = 6*MaxMetadataSize + 4096
 
+// errForeignMemo is what is wrong with a memo of a server that verifies by other rules.
+var errForeignMemo = errors.New("written by another server")
+
 // memo is the .json beside an artifact. The first four members are all that the Rust server writes
 // and reads.
 type memo struct {
@@ -67,7 +70,7 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 	case err != nil:
 		return none, fmt.Errorf("torn: hash is %w", err)
 	case m.VerifiedBy != verifiedBy:
-		return none, errors.New("written by another server")
+		return none, errForeignMemo
 	case m.CacheKeyHash != key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
 		return none, errors.New("stale")
 	case m.Boot != "" && m.Boot != boot():
