@@ -28,6 +28,8 @@ const (
 	shardCount = 1 << 16
 	// scrubBurst is how much is read at once.
 	scrubBurst = 256 << 10
+	// passPause is the least time between two passes, whatever their interval.
+	passPause = time.Second
 	// busyPause is how long a scrub waits when there is no memory for an artifact.
 	busyPause = time.Second
 )
@@ -54,6 +56,7 @@ type scrubPass struct {
 func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 	a := &auditor{store: s, repair: true, inspect: s.verifier.InspectNow, rate: rate.NewLimiter(rate.Limit(config.Rate), scrubBurst)}
 	pass := s.readScrubPass(config.Interval)
+	s.writeScrubPass(pass)
 	for {
 		err := s.scrubRest(ctx, a, &pass, config.Interval)
 		if ctx.Err() != nil {
@@ -72,9 +75,9 @@ func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 		}
 		s.log.Log(ctx, level, "scrubbed everything that is stored", "artifacts", pass.Artifacts, "bytes", pass.Bytes, "damaged", pass.Damaged,
 			"took", time.Since(time.Unix(0, pass.StartedAt)).Round(time.Second))
-		pass = scrubPass{StartedAt: max(pass.StartedAt+int64(config.Interval), time.Now().Add(-config.Interval).UnixNano())}
+		pass = scrubPass{StartedAt: max(pass.StartedAt+int64(config.Interval), time.Now().UnixNano())}
 		s.writeScrubPass(pass)
-		if !sleep(ctx, time.Until(time.Unix(0, pass.StartedAt))) {
+		if !sleep(ctx, max(time.Until(time.Unix(0, pass.StartedAt)), passPause)) {
 			return
 		}
 	}
