@@ -44,6 +44,8 @@ type setup struct {
 	store cache.Store
 	// maxSize is the most bytes of an artifact; 0 means 64 MiB.
 	maxSize int64
+	// limits changes the limits of an artifact. It may be nil.
+	limits func(*artifact.Limits)
 	// change changes the server's settings. It may be nil.
 	change func(*server.Config)
 }
@@ -63,7 +65,11 @@ type testServer struct {
 func startServer(t *testing.T, setup setup) *testServer {
 	t.Helper()
 	s := &testServer{log: &recorder{}, conns: &atomic.Int64{}}
-	verifier := artifact.NewVerifier(artifact.DefaultLimits)
+	limits := artifact.DefaultLimits
+	if setup.limits != nil {
+		setup.limits(&limits)
+	}
+	verifier := artifact.NewVerifier(limits)
 	s.store = setup.store
 	if s.store == nil {
 		s.dir = t.TempDir()
