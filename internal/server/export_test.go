@@ -12,6 +12,9 @@ func (s *Server) Routes() []string {
 	return routes
 }
 
+// Handler returns what answers requests, of both protocols.
+func (s *Server) Handler() http.Handler { return s.http.Handler }
+
 // Requests returns how many requests are in flight.
 func (s *Server) Requests() int { return int(s.requests.Load()) }
 

@@ -220,6 +220,33 @@ func getCases() []apiCase {
 			sentence: "Range not satisfiable: the artifact has 5641 bytes",
 		},
 		{
+			name: "a range of another unit", given: havingA,
+			rest:   get(keyA, "Range", "files=0-9"),
+			status: 200, header: whole, body: artifactA,
+		},
+		{
+			name: "a range of no unit", given: havingA,
+			rest:   get(keyA, "Range", "0-9"),
+			status: 200, header: whole, body: artifactA,
+		},
+		{
+			name: "head of a range of another unit", given: havingA,
+			rest:   head(keyA, "Range", "files=9999-"),
+			status: 200, header: whole,
+		},
+		{
+			name: "a range of bytes in capitals", given: havingA,
+			rest:   get(keyA, "Range", "BYTES=0-9"),
+			status: 206, header: part("bytes 0-9/5641", "10"), body: artifactA[:10],
+		},
+		{
+			name: "a range that is malformed", given: havingA,
+			rest:   get(keyA, "Range", "bytes=9-0"),
+			status: 416, header: map[string]string{"Content-Range": ""},
+			sentence: "Range not satisfiable: the artifact has 5641 bytes",
+		},
+
+		{
 			name: "a negative offset", given: havingA,
 			grpc: download(keyA, -1, 0),
 			code: codes.InvalidArgument, reason: "INVALID_REQUEST",

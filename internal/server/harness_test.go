@@ -62,7 +62,7 @@ type testServer struct {
 }
 
 // startServer starts a server that is stopped when the test ends. Then Serve must return nil.
-func startServer(t *testing.T, setup setup) *testServer {
+func startServer(t testing.TB, setup setup) *testServer {
 	t.Helper()
 	s := &testServer{log: &recorder{}, conns: &atomic.Int64{}}
 	limits := artifact.DefaultLimits
@@ -135,7 +135,7 @@ func (l *countingListener) Accept() (net.Conn, error) {
 const patience = 25 * time.Second
 
 // put stores an artifact, not through a socket.
-func (s *testServer) put(t *testing.T, key artifact.Key, content []byte) {
+func (s *testServer) put(t testing.TB, key artifact.Key, content []byte) {
 	t.Helper()
 	if _, err := s.cache.Put(t.Context(), key, int64(len(content)), bytes.NewReader(content)); err != nil {
 		t.Fatal(err)

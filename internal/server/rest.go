@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -70,6 +71,7 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	header.Set("Content-Type", "application/zstd")
 	header.Set("X-Artifact-Hash", hash)
 	header.Set("ETag", `"`+hash+`"`)
+	r = inBytes(r)
 	d := &download{ResponseWriter: w, refuse: func() {
 		s.refuse(w, r, fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size))
 	}}
@@ -88,6 +90,24 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	}
 	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
 	panic(http.ErrAbortHandler) // a short answer must not look like a whole one
+}
+
+// inBytes returns a request as http.ServeContent is to see it, which refuses a range of another unit
+// than "bytes". But such a range has to be ignored, and the name of a unit may be in either case
+// (RFC 9110, sections 14.1 and 14.2).
+func inBytes(r *http.Request) *http.Request {
+	asked := r.Header.Get("Range")
+	if asked == "" || strings.HasPrefix(asked, "bytes=") {
+		return r
+	}
+	r = r.WithContext(r.Context()) // the header of the original must not change
+	r.Header = r.Header.Clone()
+	if unit, set, _ := strings.Cut(asked, "="); strings.EqualFold(unit, "bytes") {
+		r.Header.Set("Range", "bytes="+set)
+	} else {
+		r.Header.Del("Range")
+	}
+	return r
 }
 
 // download is a ResponseWriter that counts what of an artifact was sent.
