@@ -17,16 +17,7 @@ import (
 // same files with the same content, and say nothing.
 func TestOtherReaders(t *testing.T) {
 	t.Parallel()
-	for _, tool := range []string{"zstd", "tar"} {
-		out, err := exec.Command(tool, "--version").Output()
-		if err == nil && (tool != "tar" || bytes.Contains(out, []byte("GNU tar"))) {
-			continue
-		}
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("GNU tar and zstd must be installed: %s: %v", tool, err)
-		}
-		t.Skipf("GNU tar and zstd are not installed: %s: %v", tool, err)
-	}
+	needReaders(t)
 
 	check := func(name string, data []byte, key artifact.Key) {
 		t.Run(name, func(t *testing.T) {
@@ -39,10 +30,7 @@ func TestOtherReaders(t *testing.T) {
 			archive := output(t, decompress)
 
 			dir := t.TempDir()
-			extract := exec.Command("tar", "--extract", "--no-same-owner", "--warning=no-timestamp", "--warning=no-unknown-keyword", "--directory", dir)
-			extract.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "TAR_OPTIONS=")
-			extract.Stdin = bytes.NewReader(archive)
-			output(t, extract)
+			output(t, untar(archive, dir))
 			// The Rust client writes no permissions, which leaves nobody any.
 			output(t, exec.Command("chmod", "-R", "u+rwX", dir))
 
@@ -79,6 +67,29 @@ func TestOtherReaders(t *testing.T) {
 	check("Random of nothing", cachetest.Random(testKey, 0), testKey)
 }
 
+// needReaders skips a test where GNU tar or zstd is not installed.
+func needReaders(t testing.TB) {
+	t.Helper()
+	for _, tool := range []string{"zstd", "tar"} {
+		out, err := exec.Command(tool, "--version").Output()
+		if err == nil && (tool != "tar" || bytes.Contains(out, []byte("GNU tar"))) {
+			continue
+		}
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("GNU tar and zstd must be installed: %s: %v", tool, err)
+		}
+		t.Skipf("GNU tar and zstd are not installed: %s: %v", tool, err)
+	}
+}
+
+// untar returns the command by which GNU tar extracts an archive into dir.
+func untar(archive []byte, dir string) *exec.Cmd {
+	extract := exec.Command("tar", "--extract", "--no-same-owner", "--warning=no-timestamp", "--warning=no-unknown-keyword", "--directory", dir)
+	extract.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "TAR_OPTIONS=")
+	extract.Stdin = bytes.NewReader(archive)
+	return extract
+}
+
 func wantNames(dir string, contents *artifact.Contents) []string {
 	names := []string{dir + "/manifest.json", dir + "/metadata.json"}
 	if len(contents.Files) > 0 {
@@ -87,7 +98,7 @@ func wantNames(dir string, contents *artifact.Contents) []string {
 	return names
 }
 
-func output(t *testing.T, command *exec.Cmd) []byte {
+func output(t testing.TB, command *exec.Cmd) []byte {
 	t.Helper()
 	var stderr bytes.Buffer
 	command.Stderr = &stderr
