@@ -42,7 +42,7 @@ var noKeys = []struct {
 func getCases() []apiCase {
 	a := cachetest.Key("a")
 	etag := `"` + hashOf(artifactA) + `"`
-	const lastModified = "Sat, 03 Feb 2024 04:05:06 GMT"
+	const lastModified = lastModifiedOfA
 	whole := map[string]string{
 		"Content-Type":     "application/zstd",
 		"Content-Length":   "5641",
@@ -237,6 +237,17 @@ func getCases() []apiCase {
 		{
 			name: "a range of bytes in capitals", given: havingA,
 			rest:   get(keyA, "Range", "BYTES=0-9"),
+			status: 206, header: part("bytes 0-9/5641", "10"), body: artifactA[:10],
+		},
+		{
+			name: "the last 0 bytes", given: havingA,
+			rest:   get(keyA, "Range", "bytes=-0"),
+			status: 416, header: map[string]string{"Content-Range": "bytes */5641"},
+			sentence: "Range not satisfiable: the artifact has 5641 bytes",
+		},
+		{
+			name: "the last 0 bytes, and the first ones", given: havingA,
+			rest:   get(keyA, "Range", "bytes= -00 ,0-9"),
 			status: 206, header: part("bytes 0-9/5641", "10"), body: artifactA[:10],
 		},
 		{

@@ -325,11 +325,19 @@ func knownOfA() *cachev1.Artifact {
 	}
 }
 
+// storedOfA is when havingA has artifactA stored, and lastModifiedOfA is the same in a header.
+const (
+	storedOfA       = 1706933106
+	lastModifiedOfA = "Sat, 03 Feb 2024 04:05:06 GMT"
+)
+
 // havingA is the state of a server that has artifactA since 2024-02-03 04:05:06 UTC.
-func havingA(t *testing.T, s *testServer) {
+func havingA(t *testing.T, s *testServer) { s.putA(t) }
+
+func (s *testServer) putA(t testing.TB) {
 	s.put(t, cachetest.Key("a"), artifactA)
 	// The store takes the file for another one now and verifies it once more, which changes nothing.
-	stored := time.Unix(1706933106, 0)
+	stored := time.Unix(storedOfA, 0)
 	if err := os.Chtimes(s.path(cachetest.Key("a")), stored, stored); err != nil {
 		t.Fatal(err)
 	}

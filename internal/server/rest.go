@@ -71,7 +71,7 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	header.Set("Content-Type", "application/zstd")
 	header.Set("X-Artifact-Hash", hash)
 	header.Set("ETag", `"`+hash+`"`)
-	r = inBytes(r)
+	r = inBytes(r, info.Size)
 	d := &download{ResponseWriter: w, refuse: func() {
 		s.refuse(w, r, fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size))
 	}}
@@ -92,18 +92,26 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	panic(http.ErrAbortHandler) // a short answer must not look like a whole one
 }
 
-// inBytes returns a request as http.ServeContent is to see it, which refuses a range of another unit
-// than "bytes". But such a range has to be ignored, and the name of a unit may be in either case
-// (RFC 9110, sections 14.1 and 14.2).
-func inBytes(r *http.Request) *http.Request {
+// inBytes returns a request as http.ServeContent is to see it for content of size bytes. That refuses
+// a range of another unit than "bytes", but such a range has to be ignored, and the name of a unit may
+// be in either case. And it answers the last 0 bytes with a part that ends before it begins, but there
+// is no such part (RFC 9110, sections 14.1 and 14.2).
+func inBytes(r *http.Request, size int64) *http.Request {
 	asked := r.Header.Get("Range")
-	if asked == "" || strings.HasPrefix(asked, "bytes=") {
+	if asked == "" {
 		return r
+	}
+	unit, set, _ := strings.Cut(asked, "=")
+	ranges := strings.Split(set, ",")
+	for i, part := range ranges {
+		if part = strings.TrimSpace(part); strings.HasPrefix(part, "-0") && strings.Trim(part[1:], "0") == "" {
+			ranges[i] = fmt.Sprintf("%d-", size) // which there is not either
+		}
 	}
 	r = r.WithContext(r.Context()) // the header of the original must not change
 	r.Header = r.Header.Clone()
-	if unit, set, _ := strings.Cut(asked, "="); strings.EqualFold(unit, "bytes") {
-		r.Header.Set("Range", "bytes="+set)
+	if strings.EqualFold(unit, "bytes") {
+		r.Header.Set("Range", "bytes="+strings.Join(ranges, ","))
 	} else {
 		r.Header.Del("Range")
 	}
