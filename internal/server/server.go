@@ -272,6 +272,11 @@ func (s *Server) newREST() http.Handler {
 	}
 	mux.HandleFunc("/", s.noRoute)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The mux refuses it without a word.
+		if r.RequestURI == "*" {
+			s.noRoute(w, r)
+			return
+		}
 		// The mux would redirect to the clean path, but a path that needs cleaning is just unknown.
 		if clean := path.Clean(r.URL.Path); clean != r.URL.Path && (clean == "/" || clean+"/" != r.URL.Path) {
 			s.noRoute(w, r)

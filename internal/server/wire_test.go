@@ -126,6 +126,14 @@ func TestBareRequests(t *testing.T) {
 	})
 }
 
+// TestAsterisk proves that a request for the server as a whole is one for a path that there is not.
+func TestAsterisk(t *testing.T) {
+	s := startServer(t, setup{})
+	conn := dial(t, s)
+	conn.send("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+	conn.want("OPTIONS", 404, `{"error":"There is nothing at this path: artifacts are at /v1/artifacts/{cache_key}, and /openapi.json describes the API"}`)
+}
+
 // refusals are those of uploads that are known before a byte of the body is there.
 var refusals = []struct {
 	name     string
