@@ -311,7 +311,7 @@ func getOver(t *testing.T, conn net.Conn, path string) (*http.Response, string) 
 }
 
 // waitUntil polls for what has no signal of its own.
-func waitUntil(t *testing.T, what string, condition func() bool) {
+func waitUntil(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !condition(); {
 		if time.Now().After(deadline) {
