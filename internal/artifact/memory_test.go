@@ -11,13 +11,6 @@ import (
 	"github.com/polykit/polykit-cache/internal/cachetest"
 )
 
-// zeros returns a zstd frame of n blocks of 128 KiB of zeros each, in four bytes a block.
-func zeros(n int) []byte {
-	frame := append([]byte("\x28\xB5\x2F\xFD\x00\x58"), bytes.Repeat([]byte("\x02\x00\x10\x00"), n)...)
-	frame[len(frame)-4] |= 1 // the last block
-	return frame
-}
-
 // archiveOfZeros returns an artifact of one file of n times 128 KiB of zeros.
 func archiveOfZeros(hash string, n int) []byte {
 	size := n * 128 << 10
@@ -25,7 +18,7 @@ func archiveOfZeros(hash string, n int) []byte {
 		cachetest.Store(cachetest.Metadata(testKey)),
 		cachetest.Store(cachetest.Manifest(map[string]string{"zeros": hash}, size)),
 		cachetest.Store(cachetest.Header("outputs/zeros", 0, int64(size))),
-		zeros(n),
+		cachetest.Zeros(n),
 		cachetest.Store(make([]byte, 1024)))
 }
 
@@ -70,7 +63,7 @@ func TestBombs(t *testing.T) {
 	limits.UnpackedSize = limit
 	v := artifact.NewVerifier(limits)
 
-	zeros := zeros(80 << 10) // 10 GiB in 320 KiB
+	zeros := cachetest.Zeros(80 << 10) // 10 GiB in 320 KiB
 	atLimit := limit / (128 << 10) * 4
 	metadata, manifest := cachetest.Metadata(testKey), cachetest.Manifest(nil, 0)
 	tooMuch := "the archive unpacks to more than the limit of 32 MiB"
@@ -124,4 +117,22 @@ func (r *countingReader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p[:min(len(p), 64)])
 	r.n += n
 	return n, err
+}
+
+// TestMoreBombs has the bombs that the server is tested with too. Some have to be read for a while, but
+// none takes more memory than the limits say, or much more time than what is as large and sound.
+func TestMoreBombs(t *testing.T) {
+	v := artifact.NewVerifier(cachetest.BombLimits())
+	for _, c := range cachetest.Bombs(testKey) {
+		t.Run(c.Name, func(t *testing.T) {
+			allocated := allocatedBy(func() {
+				_, err := v.Verify(bytes.NewReader(c.Artifact), testKey)
+				wantUnsound(t, err, c.Rule, c.Message)
+			})
+			// Most of it is garbage at once.
+			if allocated > 300<<20 {
+				t.Errorf("allocated %d MiB", allocated>>20)
+			}
+		})
+	}
 }

@@ -44,8 +44,8 @@ type setup struct {
 	store cache.Store
 	// maxSize is the most bytes of an artifact; 0 means 64 MiB.
 	maxSize int64
-	// limits changes the limits of an artifact. It may be nil.
-	limits func(*artifact.Limits)
+	// limits bound artifacts; the zero ones are artifact.DefaultLimits.
+	limits artifact.Limits
 	// change changes the server's settings. It may be nil.
 	change func(*server.Config)
 }
@@ -65,11 +65,10 @@ type testServer struct {
 func startServer(t testing.TB, setup setup) *testServer {
 	t.Helper()
 	s := &testServer{log: &recorder{}, conns: &atomic.Int64{}}
-	limits := artifact.DefaultLimits
-	if setup.limits != nil {
-		setup.limits(&limits)
+	if setup.limits == (artifact.Limits{}) {
+		setup.limits = artifact.DefaultLimits
 	}
-	verifier := artifact.NewVerifier(limits)
+	verifier := artifact.NewVerifier(setup.limits)
 	s.store = setup.store
 	if s.store == nil {
 		s.dir = t.TempDir()

@@ -15,17 +15,17 @@ import (
 )
 
 // crowded has room for two uploads at once.
-func crowded(queue int, timeout time.Duration) func(*artifact.Limits) {
-	return func(limits *artifact.Limits) {
-		limits.Capacity = artifact.Capacity{Memory: 2 * 2 * (limits.Window + 1<<20), Queue: queue, QueueTimeout: timeout}
-	}
+func crowded(queue int, timeout time.Duration) artifact.Limits {
+	limits := artifact.DefaultLimits
+	limits.Capacity = artifact.Capacity{Memory: 2 * 2 * (limits.Window + 1<<20), Queue: queue, QueueTimeout: timeout}
+	return limits
 }
 
 // TestOverload has as many uploads in progress as there may be. More are told to come again before
 // they send their bodies; what is stored is served all the same.
 func TestOverload(t *testing.T) {
 	const sentence = "The server is overloaded: try again later"
-	for name, limits := range map[string]func(*artifact.Limits){
+	for name, limits := range map[string]artifact.Limits{
 		"none may wait":      crowded(0, time.Hour),
 		"none may wait long": crowded(100, time.Millisecond),
 	} {

@@ -1,0 +1,59 @@
+package server_test
+
+import (
+	"context"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/cachetest"
+)
+
+// TestBombs uploads artifacts that would cost far more than they are. Each is refused, and the server
+// takes no more memory for it than it would for any other.
+func TestBombs(t *testing.T) {
+	a := cachetest.Key("a")
+	bombs := cachetest.Bombs(a)
+	for _, m := range mouths {
+		if m.name != "REST over HTTP1" && m.name != "gRPC" {
+			continue // for the server it is the same, and this takes time
+		}
+		t.Run(m.name, func(t *testing.T) {
+			s := startServer(t, setup{limits: cachetest.BombLimits()})
+			// Its connections outlive the bombs.
+			t.Run("bombs", func(t *testing.T) {
+				var send func(t *testing.T, bomb []byte, sentence string)
+				if m.rest != nil {
+					transport := m.rest(t, s)
+					send = func(t *testing.T, bomb []byte, sentence string) {
+						response, body := put(keyA, bomb).do(t, s, transport)
+						if response.StatusCode != 422 {
+							t.Errorf("status is %d; want 422", response.StatusCode)
+						}
+						checkErrorBody(t, "PUT", response, body, sentence)
+					}
+				} else {
+					client := cachev1.NewArtifactServiceClient(m.grpc(t, s))
+					send = func(t *testing.T, bomb []byte, sentence string) {
+						ctx, cancel := context.WithTimeout(t.Context(), patience)
+						defer cancel()
+						_, err := uploadAll(keyA, bomb)(ctx, client)
+						checkStatus(t, err, codes.InvalidArgument, "VERIFICATION_FAILED", sentence)
+					}
+				}
+				for _, bomb := range bombs {
+					t.Run(bomb.Name, func(t *testing.T) {
+						// The documents take most: 32 MiB of manifest.json, and what grew to hold them.
+						const most = 128 << 20
+						if peak := peakHeap(func() { send(t, bomb.Artifact, "Verification failed: "+bomb.Message) }); peak > most {
+							t.Errorf("the heap grew by %d MiB; want at most %d", peak>>20, most>>20)
+						}
+					})
+				}
+			})
+			storesNothing(t, s)
+			s.put(t, a, artifactA)
+		})
+	}
+}
