@@ -636,9 +636,8 @@ func TestStreamsThatNeverClose(t *testing.T) {
 		conn.wantReset(conn.call(), http2.ErrCodeProtocol) // since it has acknowledged how many it may have
 		waitUntil(t, "all uploads have begun", func() bool { return s.uploadsInProgress() == 2*uploads })
 		meanwhile()
-		if n := s.Requests(); n != most {
-			t.Errorf("%d requests are in work; want %d", n, most)
-		}
+		// One of those that were served meanwhile may still be counted.
+		waitUntil(t, "as many are in work as before", func() bool { return s.Requests() == most })
 	})
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -107,8 +108,11 @@ func TestMetadata(t *testing.T) {
 					}
 					return
 				}
-				storedAt := strings.Trim(timestamppb.New(info.StoredAt).AsTime().Format("\"2006-01-02T15:04:05.000000000Z\""), `"`)
-				want := strings.NewReplacer("<hash>", hashOf(content), "<size>", fmt.Sprint(len(content)), "<stored_at>", storedAt).Replace(test.json)
+				storedAt, err := protojson.Marshal(timestamppb.New(info.StoredAt)) // with as many digits as it takes
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := strings.NewReplacer("<hash>", hashOf(content), "<size>", fmt.Sprint(len(content)), `"<stored_at>"`, string(storedAt)).Replace(test.json)
 				transport := m.rest(t, s)
 				if got := getJSON(t, s, transport, get(keyA+"/metadata")); string(got) != want {
 					t.Errorf("got %s; want %s", got, want)
