@@ -113,29 +113,58 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	for len(args) > 0 && strings.Contains(args[0], "=") && !strings.HasPrefix(args[0], "-") {
 		env, args = append(env, args[0]), args[1:]
 	}
-	cmd := exec.Command("polykit-cache", append([]string{"--port=0", "--storage-dir", ts.MkAbs("store")}, args...)...)
-	cmd.Env = env
-	stdout, err := cmd.StdoutPipe()
+	p, err := spawn(env, append([]string{"--storage-dir", ts.MkAbs("store")}, args...)...)
 	ts.Check(err)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	ts.Check(cmd.Start())
-	address, rest := readAddress(stdout)
+	p.listen()
 	t := ts.Value(testingTB{}).(testing.TB)
 	stop := sync.OnceFunc(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		log := <-rest
-		if err := cmd.Wait(); err != nil || !strings.Contains(log, "stopped") {
-			t.Errorf("the server ended with %v; its log:\n%s%s", err, log, stderr.String())
+		p.cmd.Process.Signal(syscall.SIGTERM)
+		if <-p.ended; p.err != nil || !strings.Contains(p.log, "stopped") {
+			t.Errorf("the server ended with %v; its log:\n%s%s", p.err, p.log, p.stderr.String())
 		}
 	})
 	ts.Defer(stop)
 	stops.Store(ts, stop)
-	if address == "" {
-		ts.Fatalf("the server does not listen: %s", stderr.String())
+	if p.address == "" {
+		<-p.ended
+		ts.Fatalf("the server does not listen: %s", p.stderr.String())
 	}
-	ts.Setenv("SERVER", "http://"+address)
-	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+address)
+	ts.Setenv("SERVER", "http://"+p.address)
+	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+p.address)
+}
+
+// process is a server that runs as a program of its own.
+type process struct {
+	cmd     *exec.Cmd
+	stdout  io.Reader
+	address string        // empty if it ended before it listened
+	ended   chan struct{} // closed when it has ended and the rest is known
+	err     error         // of its end
+	log     string
+	stderr  bytes.Buffer
+}
+
+// spawn starts the program as a server on a free port. Its log must be read for it to go on: by listen.
+func spawn(env []string, args ...string) (*process, error) {
+	p := &process{cmd: exec.Command("polykit-cache", append([]string{"--port=0"}, args...)...), ended: make(chan struct{})}
+	p.cmd.Env = env
+	p.cmd.Stderr = &p.stderr
+	var err error
+	if p.stdout, err = p.cmd.StdoutPipe(); err != nil {
+		return nil, err
+	}
+	return p, p.cmd.Start()
+}
+
+// listen waits until the server listens, or has ended.
+func (p *process) listen() {
+	address, rest := readAddress(p.stdout)
+	p.address = address
+	go func() {
+		p.log = <-rest
+		p.err = p.cmd.Wait()
+		close(p.ended)
+	}()
 }
 
 // stops has, for each script, what stops its server.
