@@ -29,6 +29,10 @@ test: ## Run all tests, with the race detector where there is a C compiler
 		set -x; go test ./...; \
 	fi
 
+.PHONY: torture
+torture: ## Kill a busy server 500 times (or KILLS=n) and check what is left each time; takes some 10 minutes
+	POLYKIT_CACHE_TEST_KILLS=$(or $(KILLS),500) go test -run='^TestCrash$$' -count=1 -timeout=0 -v ./cmd/polykit-cache
+
 .PHONY: check
 check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
 
