@@ -321,7 +321,11 @@ func (c *crash) upload(random *mathrand.Rand) {
 	case 0, 1: // the client gives up
 		key := c.newKey()
 		data := c.artifact(key, random)
-		c.session.putPart(way, key, data, random.IntN(len(data)), declared, false)
+		part := random.IntN(len(data))
+		if !declared && random.IntN(4) == 0 {
+			part = len(data) // all but that this was all
+		}
+		c.session.putPart(way, key, data, part, declared, false)
 	case 2: // the upload has an end, but too early
 		key := c.newKey()
 		data := c.artifact(key, random)
