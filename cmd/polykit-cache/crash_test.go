@@ -67,6 +67,9 @@ func TestCrash(t *testing.T) {
 			c.life(syscall.SIGKILL, c.check, c.use)
 		}
 		c.failIfViolated(t, fmt.Sprintf("round %d", round))
+		if round%100 == 99 {
+			t.Logf("%d kills so far, and %d acknowledged uploads", c.kills, c.counts["upload: 201"])
+		}
 	}
 	c.sampled = false
 	c.inspect()
@@ -255,6 +258,7 @@ func (c *crash) killAtStart() {
 		}))
 	}
 	p.listen()
+	p.cmd.Process.Kill() // at the latest
 	<-p.ended
 	c.kills++
 	c.wellBehaved()
