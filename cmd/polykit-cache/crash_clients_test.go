@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"slices"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/client"
@@ -163,6 +164,10 @@ func (w grpcWay) close() { w.Close() }
 type session struct {
 	*ledger
 	ways []way
+	// cutters are for uploads that the client cuts, which must not share a connection with others: net/http
+	// gives a connection to the next request before it gives the answer to the last one, and loses the
+	// answer if that request breaks the connection at once.
+	cutters []way
 	// event is called when a piece of a body goes, or comes, and when an answer does.
 	event func()
 	// mayBreak says whether the server may be dead.
@@ -172,7 +177,7 @@ type session struct {
 func (s *session) anyWay(random *rand.Rand) way { return s.ways[random.IntN(len(s.ways))] }
 
 func (s *session) close() {
-	for _, way := range s.ways {
+	for _, way := range slices.Concat(s.ways, s.cutters) {
 		way.close()
 	}
 }
@@ -199,6 +204,7 @@ func (s *session) put(way way, key artifact.Key, data []byte, declared bool) int
 }
 
 // putPart uploads the beginning of an artifact: it is cut there or, if it is to pass for the whole, ends.
+// The way is one of the cutters if it is cut.
 func (s *session) putPart(way way, key artifact.Key, data []byte, part int, declared, pass bool) {
 	s.sending(key)
 	size := int64(client.UnknownSize)

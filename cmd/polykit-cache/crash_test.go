@@ -176,11 +176,17 @@ func (c *crash) start() bool {
 	}
 	c.tmpIsEmpty("after the start")
 	c.ending.Store(false)
-	c.session = &session{ledger: c.ledger, ways: newWays(c.server.address), mayBreak: c.ending.Load, event: func() {
-		if c.left.Add(-1) == 0 {
-			close(c.moment)
-		}
-	}}
+	c.session = &session{
+		ledger:   c.ledger,
+		ways:     newWays(c.server.address),
+		cutters:  newWays(c.server.address),
+		mayBreak: c.ending.Load,
+		event: func() {
+			if c.left.Add(-1) == 0 {
+				close(c.moment)
+			}
+		},
+	}
 	c.moment = make(chan struct{})
 	return true
 }
@@ -329,7 +335,8 @@ func (c *crash) upload(random *mathrand.Rand) {
 		if !declared && random.IntN(4) == 0 {
 			part = len(data) // all but that this was all
 		}
-		c.session.putPart(way, key, data, part, declared, false)
+		cutter := c.session.cutters[random.IntN(len(c.session.cutters))]
+		c.session.putPart(cutter, key, data, part, declared, false)
 	case 2: // the upload has an end, but too early
 		key := c.newKey()
 		data := c.artifact(key, random)
