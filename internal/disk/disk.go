@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -259,7 +260,13 @@ func (s *Store) inspect(ctx context.Context, key artifact.Key, lack error) (insp
 	}
 }
 
-func (s *Store) inspectFile(key artifact.Key, lack error) (inspected, error) {
+func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err error) {
+	// singleflight would panic in a goroutine of its own, where nothing keeps it from ending the process.
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("verify artifact %s: panic: %v\n%s", key, p, debug.Stack())
+		}
+	}()
 	file, stat, err := s.openFile(key)
 	if err != nil {
 		return inspected{}, err

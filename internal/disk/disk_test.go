@@ -922,3 +922,22 @@ func TestCheck(t *testing.T) {
 	}
 	r.lacks(t, key)
 }
+
+// TestPanicWhileVerifying proves that a panic ends only the requests that wait for the inspection.
+func TestPanicWhileVerifying(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, filepath.FromSlash(zstName)), content)
+	store, err := disk.Open(disk.Config{Dir: dir, Log: slog.New(slog.DiscardHandler)}) // without a Verifier
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	for range 2 {
+		if _, _, err := store.Open(t.Context(), key); err == nil || !strings.Contains(err.Error(), "panic: ") || !strings.Contains(err.Error(), "Inspect") {
+			t.Errorf("Open returned %v; want the panic and where it was", err)
+		}
+	}
+	store.Close()
+	r := open(t, dir)
+	r.serves(t, key, content)
+}
