@@ -41,7 +41,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -102,14 +101,14 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	}
 	info.StoredAt = stat.ModTime()
 	path := s.artifactPath(u.key)
-	if err := u.link(path); err != nil {
+	if err := s.inShard(u.key, func() error { return u.link(path) }); err != nil {
 		return info, err
 	}
 	u.Abort()
 	if err := s.writeMemo(info, s.synced); err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
 	}
-	if err := s.syncDir(filepath.Dir(path)); err != nil {
+	if err := s.inShard(u.key, func() error { return s.syncDir(filepath.Dir(path)) }); err != nil {
 		os.Remove(s.memoPath(u.key))
 		return info, errors.Join(err, os.Remove(path))
 	}
@@ -121,7 +120,7 @@ func (u *upload) link(path string) error {
 		return err
 	}
 	err := os.Link(u.file.Name(), path)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) { // somebody removed the shard since it was made
+	if errors.Is(err, fs.ErrNotExist) || noDir(err) { // somebody removed the shard since it was made
 		u.store.shards.forget(u.key)
 		if err := u.store.makeShard(u.key); err != nil {
 			return err

@@ -142,7 +142,12 @@ func (s *Store) sweep() error {
 // createTmp creates a temporary file with a unique name.
 func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
 	path := filepath.Join(s.dir, tmpDir, key.String()+"-"+rand.Text()+ownTmp)
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	create := func() (*os.File, error) { return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644) }
+	file, err := create()
+	if err != nil && s.mendTmp(err) {
+		file, err = create()
+	}
+	return file, err
 }
 
 // shard is the directory of a key, relative to the storage directory.
@@ -205,8 +210,11 @@ func (s *Store) Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, 
 
 // Stat implements cache.Store.
 func (s *Store) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
-	stat, err := os.Lstat(s.artifactPath(key))
-	if err != nil {
+	var stat fs.FileInfo
+	if err := s.inShard(key, func() (err error) {
+		stat, err = os.Lstat(s.artifactPath(key))
+		return err
+	}); err != nil {
 		return artifact.Info{}, s.unopened(key, err)
 	}
 	if stat.Mode().IsRegular() {
@@ -223,8 +231,11 @@ func (s *Store) Stat(ctx context.Context, key artifact.Key) (artifact.Info, erro
 
 // openFile opens the file that is stored under a key.
 func (s *Store) openFile(key artifact.Key) (*os.File, fs.FileInfo, error) {
-	file, err := os.OpenFile(s.artifactPath(key), os.O_RDONLY|openFlags, 0)
-	if err != nil {
+	var file *os.File
+	if err := s.inShard(key, func() (err error) {
+		file, err = os.OpenFile(s.artifactPath(key), os.O_RDONLY|openFlags, 0)
+		return err
+	}); err != nil {
 		return nil, nil, s.unopened(key, err)
 	}
 	stat, err := file.Stat()
@@ -298,6 +309,9 @@ func (s *Store) unopened(key artifact.Key, err error) error {
 		return cache.ErrNotFound
 	}
 	stat, statErr := os.Lstat(s.artifactPath(key))
+	if errors.Is(statErr, fs.ErrNotExist) || noDir(statErr) { // of the shard, which is no directory
+		return cache.ErrNotFound
+	}
 	if statErr == nil && (!stat.Mode().IsRegular() || errors.Is(err, fs.ErrPermission)) {
 		return s.setAside(key, stat, err)
 	}
@@ -335,12 +349,23 @@ func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error
 // quarantine moves a file into quarantine, where it has its own name with something unique behind it.
 func (s *Store) quarantine(path string, reason error) error {
 	dir := filepath.Join(s.dir, ownDir, quarantineDir)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	extension := filepath.Ext(path)
 	target := filepath.Join(dir, strings.TrimSuffix(filepath.Base(path), extension)+"-"+rand.Text())
-	if err := os.Rename(path, target+extension); err != nil {
+	move := func() error {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		return os.Rename(path, target+extension)
+	}
+	err := move()
+	// The error does not tell which of the directories can't be written. One that is moved must be, too.
+	if errors.Is(err, fs.ErrPermission) && s.mendDirs(filepath.Dir(path), path) {
+		err = move()
+	}
+	if err != nil && s.mendQuarantine() {
+		err = move()
+	}
+	if err != nil {
 		return err
 	}
 	s.log.Warn("set a file aside", "path", path, "reason", reason, "to", target+extension)

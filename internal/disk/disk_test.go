@@ -909,17 +909,75 @@ func TestCheck(t *testing.T) {
 	}
 	r.tmpIsEmpty(t)
 	removeAll(t, r.path("tmp"))
+	if err := os.Symlink("tmp", r.path("tmp")); err != nil { // leads nowhere, and is left to whoever made it
+		t.Fatal(err)
+	}
 	err := r.Ready(t.Context())
 	if err == nil || !strings.HasPrefix(err.Error(), "storage directory can't be written: ") || !strings.Contains(err.Error(), r.path("tmp")) {
 		t.Errorf("Check without tmp/ returned %v", err)
 	}
-	if _, err := r.Put(t.Context(), key, -1, bytes.NewReader(content)); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("Put without tmp/ returned %v", err)
+	if _, err := r.Put(t.Context(), key, -1, bytes.NewReader(content)); err == nil {
+		t.Error("Put without tmp/ succeeded")
 	}
-	mkdir(t, r.path("tmp"))
+	if err := os.Remove(r.path("tmp")); err != nil {
+		t.Fatal(err)
+	}
 	if err := r.Ready(t.Context()); err != nil {
 		t.Error("Check of a store that was mended:", err)
 	}
+	r.lacks(t, key)
+}
+
+// TestTmpRemoved takes tmp/ away from a store that is used.
+func TestTmpRemoved(t *testing.T) {
+	for name, remove := range map[string]func(t *testing.T, r rig){
+		"removed":     func(t *testing.T, r rig) { removeAll(t, r.path("tmp")) },
+		"all removed": func(t *testing.T, r rig) { removeAll(t, r.dir) },
+		"a file is there": func(t *testing.T, r rig) {
+			removeAll(t, r.path("tmp"))
+			write(t, r.path("tmp"), []byte("somebody's"))
+		},
+		"a link to nowhere is there": func(t *testing.T, r rig) {
+			removeAll(t, r.path("tmp"))
+			if err := os.Symlink("nowhere", r.path("tmp")); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		for _, first := range append(firstAsks, firstAsk{"Check", func(t *testing.T, r rig) error {
+			if err := r.Ready(t.Context()); err != nil {
+				t.Error("Check:", err)
+			}
+			return cache.ErrNotFound
+		}}) {
+			t.Run(name+", "+first.name, func(t *testing.T) {
+				r := open(t, t.TempDir())
+				remove(t, r)
+				if err := first.ask(t, r); err != cache.ErrNotFound {
+					t.Errorf("%s returned %v, want %v", first.name, err, cache.ErrNotFound)
+				}
+				r.lacks(t, key)
+				want := map[string]string{}
+				if name == "a file is there" {
+					want = map[string]string{"tmp": "somebody's", "tmp.txt": r.path("tmp") + " must be a directory\n"}
+				} else if name == "a link to nowhere is there" {
+					want = map[string]string{"tmp": "not a file that can be read", "tmp.txt": r.path("tmp") + " must be a directory\n"}
+				}
+				if found := r.quarantined(t); fmt.Sprint(found) != fmt.Sprint(want) {
+					t.Errorf("in quarantine are %q, want %q", found, want)
+				}
+			})
+		}
+	}
+
+	// An upload in progress is lost with it, and does no harm.
+	r := open(t, t.TempDir())
+	upload, info := r.upload(t, key, content)
+	removeAll(t, r.path("tmp"))
+	if _, err := upload.Commit(t.Context(), info); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Commit returned %v, want %v", err, fs.ErrNotExist)
+	}
+	upload.Abort()
 	r.lacks(t, key)
 }
 

@@ -124,7 +124,7 @@ func (s *Store) writeMemo(info artifact.Info, synced bool) error {
 		err = closed
 	}
 	if err == nil {
-		err = os.Rename(file.Name(), s.memoPath(info.Key))
+		err = s.inShard(info.Key, func() error { return os.Rename(file.Name(), s.memoPath(info.Key)) })
 	}
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.EISDIR) { // a directory is in its place
 		if err = s.quarantine(s.memoPath(info.Key), errors.New("a directory where a memo belongs")); err == nil {

@@ -1,6 +1,8 @@
 package disk
 
 import (
+	"errors"
+	"io/fs"
 	"math"
 	"sync"
 	"syscall"
@@ -21,6 +23,9 @@ func (s *space) promise(size int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	free, err := freeSpace(s.dir)
+	if errors.Is(err, fs.ErrNotExist) { // the directory is made again when the upload is
+		free, err = unknownSpace, nil
+	}
 	if err != nil {
 		return err
 	}

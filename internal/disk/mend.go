@@ -1,0 +1,89 @@
+package disk
+
+// This file mends the directories of a store that runs. People remove them, or take permissions from
+// them, and a server that could not store or free a key for that would answer 500 until somebody looked
+// into its log.
+
+import (
+	"crypto/rand"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+)
+
+// mendTmp makes tmp/ usable again, if err of creating a file in it says that it is not, and reports
+// whether it did.
+func (s *Store) mendTmp(err error) bool {
+	dir := filepath.Join(s.dir, tmpDir)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return s.mendDirs(s.dir, dir)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
+		return os.MkdirAll(dir, 0o755) == nil || s.replaceByDir(dir) == nil
+	}
+	return false
+}
+
+// inShard does something in the shard of a key, and once more if it was forbidden by permissions that
+// could be mended.
+func (s *Store) inShard(key artifact.Key, do func() error) error {
+	err := do()
+	inner := filepath.Join(s.dir, shard(key))
+	if errors.Is(err, fs.ErrPermission) && s.mendDirs(s.dir, filepath.Dir(inner), inner) {
+		err = do()
+	}
+	return err
+}
+
+// mendDirs gives directories of the store, of which each is in the one before it, the permissions back
+// without which their owner can't use them, and reports whether it did so with any. Only the owner may.
+func (s *Store) mendDirs(paths ...string) bool {
+	const usable = 0o700
+	mended := false
+	for _, path := range paths {
+		stat, err := os.Lstat(path)
+		if err != nil || !stat.IsDir() || stat.Mode()&usable == usable || os.Chmod(path, stat.Mode().Perm()|usable) != nil {
+			continue
+		}
+		s.log.Warn("gave a directory permissions back that the server needs", "path", path, "had", stat.Mode())
+		mended = true
+	}
+	return mended
+}
+
+// mendQuarantine makes the quarantine usable again if it is not, and reports whether it did something for
+// that. What is in the way stays beside it.
+func (s *Store) mendQuarantine() bool {
+	own := filepath.Join(s.dir, ownDir)
+	dir := filepath.Join(own, quarantineDir)
+	err := os.MkdirAll(dir, 0o755)
+	if err == nil {
+		var probe string
+		if probe, err = os.MkdirTemp(dir, ""); err == nil {
+			os.Remove(probe)
+		}
+	}
+	if !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrExist) && !noDir(err) {
+		return false
+	}
+	if s.mendDirs(s.dir, own, dir) {
+		return true
+	}
+	for _, path := range []string{dir, own} {
+		aside := path + "-" + rand.Text()
+		if os.Rename(path, aside) == nil {
+			s.log.Warn("moved what was in the way of the quarantine", "path", path, "to", aside)
+			return true
+		}
+	}
+	return false
+}
+
+// noDir says whether err means that something else is where a directory must be.
+func noDir(err error) bool {
+	return errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP)
+}
