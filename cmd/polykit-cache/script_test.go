@@ -22,9 +22,10 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"polykit-cache": main})
-}
+// commands are the programs that tests can run, by name. This binary is all of them.
+var commands = map[string]func(){"polykit-cache": main}
+
+func TestMain(m *testing.M) { testscript.Main(m, commands) }
 
 // TestScripts runs the scripts in testdata/script against the real program. Those of the client run
 // once over REST and once over gRPC.
