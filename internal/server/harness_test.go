@@ -3,7 +3,12 @@ package server_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -11,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -26,6 +32,7 @@ import (
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
@@ -46,6 +53,8 @@ type setup struct {
 	maxSize int64
 	// limits bound artifacts; the zero ones are artifact.DefaultLimits.
 	limits artifact.Limits
+	// tls says that the server speaks TLS and nothing else.
+	tls bool
 	// change changes the server's settings. It may be nil.
 	change func(*server.Config)
 }
@@ -57,8 +66,12 @@ type testServer struct {
 	store   cache.Store
 	dir     string // the storage directory, empty if the store is another
 	address string
+	url     string // of the address
 	log     *recorder
 	conns   *atomic.Int64 // connections that were accepted
+
+	stop context.CancelFunc // begins the shutdown
+	end  func() error       // waits for its end
 }
 
 // startServer starts a server that is stopped when the test ends. Then Serve must return nil.
@@ -95,14 +108,23 @@ func startServer(t testing.TB, setup setup) *testServer {
 		t.Fatal(err)
 	}
 	s.address = listener.Addr().String()
+	s.url = "http://" + s.address
+	if setup.tls {
+		listener = tls.NewListener(listener, &tls.Config{
+			Certificates: []tls.Certificate{certificate()},
+			NextProtos:   []string{"h2", "http/1.1"},
+		})
+		s.url = "https://" + s.address
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	accepting := make(chan struct{})
 	counting := &countingListener{listener, s.conns, sync.OnceFunc(func() { close(accepting) })}
 	go func() { served <- s.Serve(ctx, counting) }()
+	s.stop, s.end = stop, sync.OnceValue(func() error { return <-served })
 	t.Cleanup(func() {
-		stop()
-		if err := <-served; err != nil {
+		s.stop()
+		if err := s.end(); err != nil {
 			t.Errorf("Serve returned %v", err)
 		}
 		if lines := s.log.find(slog.LevelWarn, "did not finish in time"); len(lines) > 0 {
@@ -111,6 +133,35 @@ func startServer(t testing.TB, setup setup) *testServer {
 	})
 	<-accepting // so that all its goroutines are there, for those who count them
 	return s
+}
+
+// certificate is the certificate of servers that speak TLS. All clients of these tests trust it.
+var certificate = sync.OnceValue(func() tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		panic(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
+})
+
+// clientTLS is how clients speak TLS.
+func clientTLS() *tls.Config {
+	pool := x509.NewCertPool()
+	pool.AddCert(certificate().Leaf)
+	return &tls.Config{RootCAs: pool}
 }
 
 // countingListener counts connections and leaves them as they are.
@@ -209,21 +260,37 @@ type mouth struct {
 	rest func(t *testing.T, s *testServer) http.RoundTripper
 	// grpc is a connection for gRPC calls, or nil.
 	grpc func(t *testing.T, s *testServer) grpc.ClientConnInterface
+	// tls says that the server must speak TLS.
+	tls bool
 }
 
 var mouths = []mouth{
 	{name: "REST over HTTP1", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 1) }},
 	{name: "REST over HTTP2", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 2) }},
 	{name: "REST amid gRPC", rest: newRESTAmidGRPC},
-	{name: "gRPC", grpc: func(t *testing.T, s *testServer) grpc.ClientConnInterface {
-		conn, err := grpc.NewClient(s.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		return conn
-	}},
+	{name: "gRPC", grpc: newGRPC},
 	{name: "gRPC amid REST", grpc: newGRPCAmidREST},
+}
+
+// tlsMouths are those of a server that speaks TLS.
+var tlsMouths = []mouth{
+	{tls: true, name: "REST over HTTP1 and TLS", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 1) }},
+	{tls: true, name: "gRPC over TLS", grpc: newGRPC},
+	{tls: true, name: "REST over HTTP2 and TLS", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 2) }},
+}
+
+// newGRPC returns a connection of grpc-go's own.
+func newGRPC(t *testing.T, s *testServer) grpc.ClientConnInterface {
+	security := insecure.NewCredentials()
+	if strings.HasPrefix(s.url, "https:") {
+		security = credentials.NewTLS(clientTLS())
+	}
+	conn, err := grpc.NewClient(s.address, grpc.WithTransportCredentials(security))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
 }
 
 func restMouths() []mouth {
@@ -246,13 +313,14 @@ func grpcMouths() []mouth {
 	return found
 }
 
-// newTransport returns a transport that speaks only one major version of HTTP, in clear text, and
-// adds nothing to requests that a test would have to know of.
+// newTransport returns a transport that speaks only one major version of HTTP, in clear text or over
+// TLS, and adds nothing to requests that a test would have to know of.
 func newTransport(t *testing.T, version int) *http.Transport {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(version == 1)
+	protocols.SetHTTP2(version == 2)
 	protocols.SetUnencryptedHTTP2(version == 2)
-	transport := &http.Transport{Protocols: protocols, DisableCompression: true}
+	transport := &http.Transport{Protocols: protocols, DisableCompression: true, TLSClientConfig: clientTLS()}
 	if version == 2 {
 		// Else a request that comes just when the first one was answered may dial anew.
 		transport.MaxConnsPerHost = 1

@@ -1,5 +1,5 @@
-// Package server speaks for a cache: REST and gRPC on one port, over HTTP/1.1 and clear-text HTTP/2,
-// mixed on one connection if a proxy does so.
+// Package server speaks for a cache: REST and gRPC on one port, over HTTP/1.1 and HTTP/2, in clear text
+// or over TLS, mixed on one connection if a proxy does so.
 //
 //	listener ── net/http ─┬ application/grpc ──── grpc-go: ArtifactService, health, reflection
 //	                      └ http.ServeMux ─┬ raw bytes: rest.go
@@ -107,6 +107,7 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true)
 	s.http = &http.Server{
 		Protocols:         protocols,
@@ -174,8 +175,10 @@ func (s *Server) track(next http.Handler) http.Handler {
 }
 
 // Serve serves on a listener until ctx is done. Then it closes the listener, lets requests in flight
-// finish within Config.ShutdownTimeout, and cuts those that do not. It can be called once. In that time requests that still
-// come, on connections that are open, are refused with a status that says so.
+// finish within Config.ShutdownTimeout, and cuts those that do not. In that time requests that still
+// come, on connections that are open, are refused with a status that says so. It can be called once.
+//
+// The connections of a listener for TLS must be of *tls.Conn, or HTTP/2 will not be spoken over them.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	limited := newLimitedListener(listener, s.config.MaxConnections, func(conn net.Conn) {
 		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)

@@ -64,14 +64,10 @@ type halfUpload struct {
 // halfUploads begin an upload over each protocol.
 var halfUploads = map[string]func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload{
 	"HTTP1": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
-		protocols := &http.Protocols{}
-		protocols.SetHTTP1(true)
-		return halfHTTP(t, protocols, address, key, body)
+		return halfHTTP(t, newTransport(t, 1), "http://"+address, key, body)
 	},
 	"HTTP2": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
-		protocols := &http.Protocols{}
-		protocols.SetUnencryptedHTTP2(true)
-		return halfHTTP(t, protocols, address, key, body)
+		return halfHTTP(t, newTransport(t, 2), "http://"+address, key, body)
 	},
 	"gRPC": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
 		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -79,36 +75,14 @@ var halfUploads = map[string]func(t *testing.T, address string, key artifact.Key
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
-		stream, err := cachev1.NewArtifactServiceClient(conn).PutArtifact(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		send := func(request *cachev1.PutArtifactRequest) error {
-			if err := stream.Send(request); err != nil {
-				return fmt.Errorf("send: %w", err)
-			}
-			return nil
-		}
-		header := &cachev1.PutArtifactHeader{CacheKey: key.String()}
-		if err := errors.Join(
-			send(&cachev1.PutArtifactRequest{Payload: &cachev1.PutArtifactRequest_Header{Header: header}}),
-			send(&cachev1.PutArtifactRequest{Payload: &cachev1.PutArtifactRequest_Chunk{Chunk: body[:len(body)/2]}}),
-		); err != nil {
-			t.Fatal(err)
-		}
-		return halfUpload{func() error {
-			err := send(&cachev1.PutArtifactRequest{Payload: &cachev1.PutArtifactRequest_Chunk{Chunk: body[len(body)/2:]}})
-			_, answer := stream.CloseAndRecv()
-			return errors.Join(err, answer)
-		}}
+		return halfGRPC(t, conn, key, body)
 	},
 }
 
-func halfHTTP(t *testing.T, protocols *http.Protocols, address string, key artifact.Key, body []byte) halfUpload {
-	transport := &http.Transport{Protocols: protocols}
-	t.Cleanup(transport.CloseIdleConnections)
+func halfHTTP(t *testing.T, transport http.RoundTripper, url string, key artifact.Key, body []byte) halfUpload {
+	t.Helper()
 	read, write := io.Pipe()
-	request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+address+"/v1/artifacts/"+key.String(), read)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, url+"/v1/artifacts/"+key.String(), read)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,6 +104,22 @@ func halfHTTP(t *testing.T, protocols *http.Protocols, address string, key artif
 		_, err := write.Write(body[len(body)/2:])
 		write.Close()
 		return errors.Join(err, <-answer)
+	}}
+}
+
+func halfGRPC(t *testing.T, conn grpc.ClientConnInterface, key artifact.Key, body []byte) halfUpload {
+	t.Helper()
+	stream, err := cachev1.NewArtifactServiceClient(conn).PutArtifact(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(stream.Send(header(key.String())), stream.Send(chunk(body[:len(body)/2]))); err != nil {
+		t.Fatal(err)
+	}
+	return halfUpload{func() error {
+		err := stream.Send(chunk(body[len(body)/2:]))
+		_, answer := stream.CloseAndRecv()
+		return errors.Join(err, answer)
 	}}
 }
 
