@@ -53,6 +53,10 @@ generate: ## Generate gen/ from proto/
 bench: ## Run all benchmarks
 	go test -run='^$$' -bench=. -benchmem ./...
 
+.PHONY: soak
+soak: ## Abort 100,000 uploads and downloads, and look for what the server does not give back
+	POLYKIT_CACHE_SOAK=100000 go test -count=1 -timeout=2h -v -run='^TestSoak$$' ./cmd/polykit-cache
+
 .PHONY: clean
 clean: ## Remove what was built, but no stored artifact
 	rm -rf bin

@@ -19,9 +19,18 @@ type program struct {
 // ends, if it still runs then.
 func startProgram(t *testing.T, name, dir string, args ...string) *program {
 	t.Helper()
+	return startProgramTo(t, nil, name, dir, args...)
+}
+
+// startProgramTo starts a program whose standard error goes to stderr, if it is not nil.
+func startProgramTo(t *testing.T, stderr *os.File, name, dir string, args ...string) *program {
+	t.Helper()
 	p := &program{Cmd: exec.Command(name, append([]string{"--port=0", "--storage-dir", dir}, args...)...)}
 	p.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	p.Stderr = &p.stderr
+	if stderr != nil {
+		p.Stderr = stderr
+	}
 	stdout, err := p.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
