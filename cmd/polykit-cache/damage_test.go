@@ -594,8 +594,8 @@ func TestShardOfAnother(t *testing.T) {
 		get.wantStatus(t, u.url, damaged, 500, "now")
 		put.wantStatus(t, u.url, new, 500, "now")
 	}
-	if entries, err := os.ReadDir(filepath.Join(u.dir, ".polykit-cache")); len(entries) != 1 || err != nil {
-		t.Errorf("beside the quarantine are %v, %v", entries, err)
+	if aside, err := filepath.Glob(filepath.Join(u.dir, ".polykit-cache", "quarantine-*")); len(aside) > 0 || err != nil {
+		t.Errorf("the quarantine was moved: %v, %v", aside, err)
 	}
 	check(t, own(sound.shard()))
 	for _, s := range []stored{damaged, new} {

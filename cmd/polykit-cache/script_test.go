@@ -125,7 +125,7 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	})
 	ts.Defer(stop)
-	stops.Store(ts, stop)
+	scriptStops.Store(ts, stop)
 	if p.address == "" {
 		<-p.ended
 		ts.Fatalf("the server does not listen: %s", p.stderr.String())
@@ -168,12 +168,12 @@ func (p *process) listen() {
 	}()
 }
 
-// stops has, for each script, what stops its server.
-var stops sync.Map
+// scriptStops has, for each script, what scriptStops its server.
+var scriptStops sync.Map
 
-// scriptStopServer is "stopserver": it stops the server that was started last.
+// scriptStopServer is "stopserver": it scriptStops the server that was started last.
 func scriptStopServer(ts *testscript.TestScript, neg bool, args []string) {
-	stop, started := stops.LoadAndDelete(ts)
+	stop, started := scriptStops.LoadAndDelete(ts)
 	if neg || len(args) > 0 || !started {
 		ts.Fatalf("usage: stopserver, where one runs")
 	}
