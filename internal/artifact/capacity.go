@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -34,6 +35,9 @@ const (
 	documentFactor = 4
 	// entryOverhead is what an entry of an archive takes beside its name, in bytes.
 	entryOverhead = 128
+	// aheadSize is how many bytes of an artifact must be there, if it has as many, before it gets one of
+	// the last places.
+	aheadSize = 16 << 10
 	// chargeStep is how much memory is asked for at a time; what is less needs no asking.
 	chargeStep = 1 << 20
 )
@@ -46,7 +50,7 @@ func (l Limits) LeastMemory() int64 {
 
 // extremes is what the largest artifact within the limits takes beside its slot.
 func (l Limits) extremes() int64 {
-	return documentFactor*(l.ManifestSize+l.MetadataSize) + l.ManifestSize + entryOverhead*int64(l.Files) + 2*chargeStep
+	return documentFactor*(l.ManifestSize+l.MetadataSize) + l.ManifestSize + entryOverhead*int64(l.Files) + 2*chargeStep + aheadSize
 }
 
 // Slots is how many verifications may run at once.
@@ -76,9 +80,43 @@ func newCapacity(limits Limits) *capacity {
 	}
 }
 
-// Admit waits until there is memory for one more verification, whose caller must release it. If
-// too many wait already, or it took too long, the error is ErrBusy.
-func (v *Verifier) Admit(ctx context.Context) (release func(), err error) {
+// Admit waits until there is memory to verify the artifact that r has, within bounds: if too many wait
+// already, or it took too long, the error is ErrBusy. It returns what to read instead of r, and what
+// the caller must call when it is done.
+//
+// While half of the places are free, whoever comes gets one at once. The other half is for those of whose
+// artifacts the first bytes are there: clients that send a byte now and then, however many, can't take
+// the places of those that send.
+func (v *Verifier) Admit(ctx context.Context, r io.Reader) (io.Reader, func(), error) {
+	c := v.capacity
+	if len(c.slots) < cap(c.slots)/2 {
+		select {
+		case c.slots <- struct{}{}:
+			return r, func() { <-c.slots }, nil
+		default:
+		}
+	}
+	if len(c.slots) == cap(c.slots) && c.waiting.Load() >= c.queue {
+		return nil, nil, c.full() // which is known before anything is read
+	}
+	if !c.extra.TryAcquire(aheadSize) {
+		return nil, nil, fmt.Errorf("%w: so many have begun to come that there is no memory for one more", ErrBusy)
+	}
+	a := &ahead{r: r}
+	a.read()
+	release, err := v.admit(ctx)
+	if err != nil {
+		c.extra.Release(aheadSize)
+		return nil, nil, err
+	}
+	return a, func() {
+		release()
+		c.extra.Release(aheadSize)
+	}, nil
+}
+
+// admit waits until there is memory for one more verification.
+func (v *Verifier) admit(ctx context.Context) (release func(), err error) {
 	c := v.capacity
 	release = func() { <-c.slots }
 	select {
@@ -88,7 +126,7 @@ func (v *Verifier) Admit(ctx context.Context) (release func(), err error) {
 	}
 	defer c.waiting.Add(-1)
 	if c.waiting.Add(1) > c.queue {
-		return nil, fmt.Errorf("%w: %d are, and %d more wait for them", ErrBusy, cap(c.slots), c.queue)
+		return nil, c.full()
 	}
 	timeout := time.NewTimer(c.timeout)
 	defer timeout.Stop()
@@ -100,6 +138,41 @@ func (v *Verifier) Admit(ctx context.Context) (release func(), err error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+func (c *capacity) full() error {
+	return fmt.Errorf("%w: %d are, and %d more wait for them", ErrBusy, cap(c.slots), c.queue)
+}
+
+// ahead is a reader of which the beginning was read ahead.
+type ahead struct {
+	r   io.Reader
+	buf []byte
+	err error // that came behind buf
+}
+
+// read reads until aheadSize bytes are there, or the end. The buffer grows with what comes.
+func (a *ahead) read() {
+	for len(a.buf) < aheadSize && a.err == nil {
+		if len(a.buf) == cap(a.buf) {
+			a.buf = slices.Grow(a.buf, min(max(len(a.buf), 512), aheadSize-len(a.buf)))
+		}
+		var n int
+		n, a.err = a.r.Read(a.buf[len(a.buf):min(cap(a.buf), aheadSize)])
+		a.buf = a.buf[:len(a.buf)+n]
+	}
+}
+
+func (a *ahead) Read(p []byte) (int, error) {
+	if len(a.buf) > 0 {
+		n := copy(p, a.buf)
+		a.buf = a.buf[n:]
+		return n, nil
+	}
+	if a.err != nil {
+		return 0, a.err
+	}
+	return a.r.Read(p)
 }
 
 // yielding is a reader that gives the processor up while it waits for bytes.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -199,4 +200,66 @@ func TestSlots(t *testing.T) {
 	if n := limits.Slots(); n != 1 {
 		t.Errorf("the largest window admits %d at once, want 1", n)
 	}
+}
+
+// TestSilentOnesTakeHalf has artifacts that do not come, or of which less comes than is asked for: they
+// take half of the places, and those that come get the others.
+func TestSilentOnesTakeHalf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limits := artifact.DefaultLimits
+		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 0, QueueTimeout: time.Second}
+		if limits.Memory < limits.LeastMemory() {
+			limits.ManifestSize = 1 << 20
+		}
+		v := artifact.NewVerifier(limits)
+		hangUp := make(chan struct{})
+		var admitted, ended atomic.Int64
+		for i := range 100 {
+			sent := make([]byte, i*100) // less than 16 KiB
+			go func() {
+				r, release, err := v.Admit(t.Context(), io.MultiReader(bytes.NewReader(sent), &gate{strings.NewReader(""), new(atomic.Int64), hangUp, false}))
+				if err != nil {
+					ended.Add(1) // there was no place for it when it had ended
+					return
+				}
+				admitted.Add(1)
+				io.Copy(io.Discard, r)
+				release()
+				ended.Add(1)
+			}()
+		}
+		synctest.Wait()
+		if n := admitted.Load(); n != 2 {
+			t.Errorf("%d silent ones were admitted, want 2", n)
+		}
+		for range 5 {
+			for _, sent := range []int{0, 1, 511, 512, 513, 16<<10 - 1, 16 << 10, 16<<10 + 1, 1 << 20} {
+				content := make([]byte, sent)
+				for i := range content {
+					content[i] = byte(i)
+				}
+				r, release, err := v.Admit(t.Context(), iotest.DataErrReader(iotest.HalfReader(bytes.NewReader(content))))
+				if err != nil {
+					t.Fatalf("one that sends %d bytes: %v", sent, err)
+				}
+				if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content) {
+					t.Errorf("read %d bytes of %d, %v", len(got), sent, err)
+				}
+				release()
+			}
+		}
+		close(hangUp)
+		synctest.Wait()
+		if n := ended.Load(); n != 100 {
+			t.Errorf("%d of 100 silent ones ended", n)
+		}
+		r, release, err := v.Admit(t.Context(), iotest.ErrReader(errors.New("reset")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Read(make([]byte, 1)); err == nil || err.Error() != "reset" {
+			t.Errorf("an artifact that can't be read is read with %v", err)
+		}
+		release()
+	})
 }

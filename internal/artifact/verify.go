@@ -75,7 +75,7 @@ func (v *Verifier) Verify(r io.Reader, key Key) (*Contents, error) {
 // waits to be admitted, since a small request can ask for the inspection of a large artifact, and ends
 // when ctx does.
 func (v *Verifier) Inspect(ctx context.Context, r io.Reader, key Key) (*Contents, Info, error) {
-	release, err := v.Admit(ctx)
+	release, err := v.admit(ctx)
 	if err != nil {
 		return nil, Info{}, err
 	}

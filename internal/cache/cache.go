@@ -127,7 +127,7 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 	case !errors.Is(err, ErrNotFound):
 		return artifact.Info{}, err
 	}
-	release, err := c.verifier.Admit(ctx)
+	body, release, err := c.verifier.Admit(ctx, body)
 	if err != nil {
 		return artifact.Info{}, err
 	}
