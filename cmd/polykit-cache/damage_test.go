@@ -603,6 +603,9 @@ func TestShardOfAnother(t *testing.T) {
 		put.wantStatus(t, u.url, s, 201, "then")
 		get.wantStatus(t, u.url, s, 200, "then")
 	}
+	if entries, err := os.ReadDir(filepath.Join(u.dir, ".polykit-cache", "quarantine")); len(entries) != 2 || err != nil {
+		t.Errorf("in quarantine are %v, %v; want what was damaged, and the reason", entries, err)
+	}
 	if n := strings.Count(log(), "level=ERROR"); n != 4 {
 		t.Errorf("logged %d errors; want 4:\n%s", n, log())
 	}

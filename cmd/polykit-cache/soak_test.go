@@ -88,37 +88,46 @@ type observed struct {
 	say *bufio.Reader // its standard error
 }
 
+// holds asks the server, which collects its garbage then.
 func (o *observed) holds(t *testing.T) holdings {
 	t.Helper()
-	var h holdings
+	h := o.files(t)
 	check(t, o.Process.Signal(syscall.SIGUSR1))
 	line, err := o.say.ReadString('\n')
 	check(t, err)
 	if _, err := fmt.Sscanf(line, "holds %d %d\n", &h.goroutines, &h.heap); err != nil {
 		t.Fatalf("the server says %q: %v", line, err)
 	}
-	proc := fmt.Sprintf("/proc/%d/", o.Process.Pid)
-	fds, err := os.ReadDir(proc + "fd")
-	check(t, err)
-	h.descriptors = len(fds)
-	status, err := os.ReadFile(proc + "status")
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Process.Pid))
 	check(t, err)
 	_, resident, _ := strings.Cut(string(status), "VmRSS:")
 	fmt.Sscan(resident, &h.resident)
 	h.resident *= 1024
-	tmp, err := os.ReadDir(filepath.Join(o.dir, "tmp"))
-	check(t, err)
-	h.uploads = len(tmp)
 	return h
+}
+
+// files looks only at the files that the server holds.
+func (o *observed) files(t *testing.T) holdings {
+	t.Helper()
+	descriptors, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", o.Process.Pid))
+	check(t, err)
+	uploads, err := os.ReadDir(filepath.Join(o.dir, "tmp"))
+	check(t, err)
+	return holdings{descriptors: len(descriptors), uploads: len(uploads)}
 }
 
 // settles waits until the server holds no more than before, but for its heap, which tells how it is.
 func (o *observed) settles(t *testing.T, before holdings) holdings {
 	t.Helper()
+	// First its files, before it is asked: the garbage collector closes those that were forgotten.
 	var now holdings
+	waitUntil(t, "the server holds no file more than "+before.String(), func() bool {
+		now = o.files(t)
+		return now.descriptors <= before.descriptors && now.uploads <= before.uploads
+	})
 	waitUntil(t, "the server holds no more than "+before.String(), func() bool {
 		now = o.holds(t)
-		return now.goroutines <= before.goroutines && now.descriptors <= before.descriptors && now.uploads <= before.uploads
+		return now.goroutines <= before.goroutines
 	})
 	return now
 }
