@@ -359,7 +359,8 @@ func (s *Store) quarantine(path string, reason error) error {
 	}
 	err := move()
 	// The error does not tell which of the directories can't be written. One that is moved must be, too.
-	if errors.Is(err, fs.ErrPermission) && s.mendDirs(filepath.Dir(path), path) {
+	if errors.Is(err, fs.ErrPermission) {
+		s.mendDirs(filepath.Dir(path), path)
 		err = move()
 	}
 	if err != nil && s.mendQuarantine() {

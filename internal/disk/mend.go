@@ -16,24 +16,25 @@ import (
 )
 
 // mendTmp makes tmp/ usable again, if err of creating a file in it says that it is not, and reports
-// whether it did.
+// whether to try once more. Here as everywhere in this file somebody else may have mended it meanwhile.
 func (s *Store) mendTmp(err error) bool {
 	dir := filepath.Join(s.dir, tmpDir)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
-		return s.mendDirs(s.dir, dir)
+		s.mendDirs(s.dir, dir)
+		return true
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
 		return os.MkdirAll(dir, 0o755) == nil || s.replaceByDir(dir) == nil
 	}
 	return false
 }
 
-// inShard does something in the shard of a key, and once more if it was forbidden by permissions that
-// could be mended.
+// inShard does something in the shard of a key, and once more if permissions forbade it.
 func (s *Store) inShard(key artifact.Key, do func() error) error {
 	err := do()
-	inner := filepath.Join(s.dir, shard(key))
-	if errors.Is(err, fs.ErrPermission) && s.mendDirs(s.dir, filepath.Dir(inner), inner) {
+	if errors.Is(err, fs.ErrPermission) {
+		inner := filepath.Join(s.dir, shard(key))
+		s.mendDirs(s.dir, filepath.Dir(inner), inner)
 		err = do()
 	}
 	return err
@@ -55,8 +56,8 @@ func (s *Store) mendDirs(paths ...string) bool {
 	return mended
 }
 
-// mendQuarantine makes the quarantine usable again if it is not, and reports whether it did something for
-// that. What is in the way stays beside it.
+// mendQuarantine makes the quarantine usable again if it is not, and reports whether to try once more.
+// What is in the way stays beside it.
 func (s *Store) mendQuarantine() bool {
 	own := filepath.Join(s.dir, ownDir)
 	dir := filepath.Join(own, quarantineDir)
@@ -65,6 +66,7 @@ func (s *Store) mendQuarantine() bool {
 		var probe string
 		if probe, err = os.MkdirTemp(dir, ""); err == nil {
 			os.Remove(probe)
+			return true
 		}
 	}
 	if !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrExist) && !noDir(err) {
