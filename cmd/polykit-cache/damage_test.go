@@ -316,13 +316,14 @@ type unprivileged struct {
 	dir, url string
 }
 
-// startUnprivileged starts a server, which must not have logged an error in the end.
+// startUnprivileged starts a server, which must not have logged an error in the end, nor that it could
+// not do something.
 func startUnprivileged(t *testing.T) *unprivileged {
 	t.Helper()
 	u, log := startUnprivilegedWithLog(t)
 	t.Cleanup(func() { // when all parallel subtests have ended
 		for line := range strings.Lines(log()) {
-			if strings.Contains(line, "level=ERROR") {
+			if strings.Contains(line, "level=ERROR") || strings.Contains(line, "msg=\"could not") {
 				t.Errorf("logged %s", line)
 			}
 		}
