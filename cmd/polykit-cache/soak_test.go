@@ -50,9 +50,6 @@ const (
 	// soakHeap is how much larger the heap may be than that of a fresh server. It is 80 bytes for each of
 	// 100,000 aborts.
 	soakHeap = 8 * mebi
-	// soakIdle is short since net/http holds on to an HTTP/2 connection that broke in the middle of a
-	// stream until its idle timeout is over: the end of its last stream starts that once more.
-	soakIdle = "--idle-timeout=1s"
 )
 
 func init() {
@@ -157,7 +154,7 @@ func TestSoak(t *testing.T) {
 	check(t, err)
 	defer read.Close()
 	o := &observed{dir: dir, say: bufio.NewReader(read)}
-	o.program = startProgramTo(t, write, "polykit-cache-observed", dir, "--log-level=debug", soakIdle)
+	o.program = startProgramTo(t, write, "polykit-cache-observed", dir, "--log-level=debug")
 	write.Close()
 
 	s := &soak{address: o.address, dir: dir, aborted: map[string]int{}, stored: cachetest.Key("stored")}

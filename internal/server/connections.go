@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -27,7 +28,7 @@ const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
 	"Connection: close\r\n\r\n" +
 	`{"error":"The server has too many connections: try again in a bit"}`
 
-// limitedListener accepts up to a number of connections, and refuses more. It leaves connections as
+// limitedListener accepts up to a number of connections, refuses more, and closes idle ones. It leaves connections as
 // they are, since net/http sends files only over the operating system's own.
 type limitedListener struct {
 	net.Listener
@@ -35,10 +36,17 @@ type limitedListener struct {
 	open     atomic.Int64
 	refusals chan struct{}
 	refused  func(net.Conn)
+	idle     idleTimers
 }
 
-func newLimitedListener(listener net.Listener, most int, refused func(net.Conn)) *limitedListener {
-	return &limitedListener{Listener: listener, most: int64(most), refusals: make(chan struct{}, maxRefusals), refused: refused}
+func newLimitedListener(listener net.Listener, most int, idle time.Duration, refused func(net.Conn)) *limitedListener {
+	return &limitedListener{
+		Listener: listener,
+		most:     int64(most),
+		refusals: make(chan struct{}, maxRefusals),
+		refused:  refused,
+		idle:     idleTimers{timeout: idle, timers: map[net.Conn]*time.Timer{}},
+	}
 }
 
 func (l *limitedListener) Accept() (net.Conn, error) {
@@ -65,9 +73,34 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 }
 
 // changed is told of the state of every connection that was accepted.
-func (l *limitedListener) changed(_ net.Conn, state http.ConnState) {
-	if state == http.StateClosed || state == http.StateHijacked {
+func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateClosed, http.StateHijacked:
 		l.open.Add(-1)
+	}
+	l.idle.changed(conn, state)
+}
+
+// idleTimers close connections that are idle for too long.
+//
+// net/http could do that itself. But where an HTTP/2 connection ends in the middle of a request, it starts
+// the timer of the connection anew after it stopped it, and so keeps all memory of the connection until the
+// timer fires.
+type idleTimers struct {
+	timeout time.Duration
+	mu      sync.Mutex
+	timers  map[net.Conn]*time.Timer
+}
+
+func (i *idleTimers) changed(conn net.Conn, state http.ConnState) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if timer, idle := i.timers[conn]; idle {
+		timer.Stop()
+		delete(i.timers, conn)
+	}
+	if state == http.StateIdle {
+		i.timers[conn] = time.AfterFunc(i.timeout, func() { conn.Close() })
 	}
 }
 

@@ -34,6 +34,7 @@ type pace struct {
 	timer    *time.Timer
 	fires    time.Time // zero if the timer is not set
 	gaveUp   bool
+	stopped  bool
 }
 
 func newPace(stall time.Duration, rate int64, expire func(time.Time) error) *pace {
@@ -54,7 +55,7 @@ func (p *pace) begin(n int) {
 	p.deadline = p.began.Add(p.left + p.worth(n))
 	// Most transfers are over at once, so the timer of an earlier one is left as it is if it fires
 	// soon enough.
-	if p.fires.IsZero() || p.fires.After(p.deadline) {
+	if !p.stopped && (p.fires.IsZero() || p.fires.After(p.deadline)) {
 		p.arm()
 	}
 }
@@ -82,7 +83,7 @@ func (p *pace) look() {
 	defer p.mu.Unlock()
 	p.fires = time.Time{}
 	switch {
-	case p.began.IsZero():
+	case p.began.IsZero() || p.stopped:
 	case time.Now().Before(p.deadline):
 		p.arm()
 	default:
@@ -96,8 +97,9 @@ func (p *pace) look() {
 func (p *pace) stop(should string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.stopped = true
 	if p.timer != nil {
-		p.timer.Stop()
+		p.timer.Stop() // it would keep all that belongs to the request
 	}
 	if !p.gaveUp {
 		return nil
@@ -189,7 +191,8 @@ func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) (paced *pac
 	}
 	paced = &pacedWriter{w, control, newPace(s.config.StallTimeout, s.config.MinDownloadRate, control.SetWriteDeadline)}
 	return paced, func() {
-		if paced.pace.stop("take") == nil && !isGRPC(r) {
+		// A deadline of a stream that has ended net/http would keep, and the connection with it.
+		if paced.pace.stop("take") == nil && !isGRPC(r) && r.Context().Err() == nil {
 			control.SetWriteDeadline(time.Now().Add(s.config.StallTimeout)) // what is buffered is sent now
 		}
 	}

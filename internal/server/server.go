@@ -112,7 +112,6 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 	s.http = &http.Server{
 		Protocols:         protocols,
 		ReadHeaderTimeout: config.HeaderTimeout,
-		IdleTimeout:       config.IdleTimeout,
 		MaxHeaderBytes:    config.MaxHeaderSize,
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: config.MaxStreams,
@@ -180,7 +179,7 @@ func (s *Server) track(next http.Handler) http.Handler {
 //
 // The connections of a listener for TLS must be of *tls.Conn, or HTTP/2 will not be spoken over them.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
-	limited := newLimitedListener(listener, s.config.MaxConnections, func(conn net.Conn) {
+	limited := newLimitedListener(listener, s.config.MaxConnections, s.config.IdleTimeout, func(conn net.Conn) {
 		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)
 	})
 	s.http.ConnState = limited.changed

@@ -370,3 +370,57 @@ func TestHeaderLimits(t *testing.T) {
 		}
 	}
 }
+
+// TestIdleConnections has connections that are kept without a request, each after one was answered, or
+// none was made.
+func TestIdleConnections(t *testing.T) {
+	s := startServer(t, setup{change: func(c *server.Config) { c.IdleTimeout = stall }})
+	const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" // and empty settings
+	const ping = "\x00\x00\x08\x06\x00\x00\x00\x00\x0012345678"
+	for name, sent := range map[string]string{
+		"HTTP1":                        "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+		"HTTP1 and a part of the next": "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGE",
+		"HTTP2":                        preface,
+		"HTTP2 with a ping":            preface + ping,
+		"HTTP2 and a part of a frame":  preface + ping[:12],
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conn := dial(t, s)
+			conn.send(sent)
+			n, err := io.Copy(io.Discard, conn.in) // to the end that the server makes
+			if n == 0 || err != nil {
+				t.Errorf("got %d bytes, %v", n, err)
+			}
+		})
+	}
+	t.Run("HTTP2 behind a request", func(t *testing.T) {
+		t.Parallel()
+		transport := newTransport(t, 2)
+		for range 3 {
+			response, err := transport.RoundTrip(get(keyA).to(t, s))
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+		}
+		conn, cut := dialGRPC(t, s, true)
+		defer cut()
+		stream, err := cachev1.NewArtifactServiceClient(conn).PutArtifact(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * stall) // in which the connection is not idle, for a call is in flight
+		if err := stream.Send(header(keyA)); err != nil {
+			t.Error(err)
+		}
+		for _, chunk := range chunks(artifactA, 2000) {
+			if err := stream.Send(chunk); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := stream.CloseAndRecv(); err != nil {
+			t.Errorf("a call that took longer than a connection may be idle: %v", err)
+		}
+	})
+}
