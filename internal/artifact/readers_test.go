@@ -37,6 +37,20 @@ func FuzzReaders(f *testing.F) {
 	text := func(s string) string { return string([]byte{byte(len(s))}) + s }
 	file := "\x00" + text("a") + text("alpha")
 	short := "\x01" + text("x") + text("alpha")
+	ustar := "\x08" + text("a") + text("alpha")
+	change := func(entry string, at int, to string) string {
+		for i := range to {
+			entry += "\x06\x00" + string([]byte{byte((at + i) >> 8), byte(at + i)}) + to[i:i+1]
+		}
+		return entry
+	}
+	pax := func(records ...string) string { // keyword and value in turn
+		s := "\x04" + string([]byte{byte(len(records) / 2)})
+		for i := 0; i < len(records); i += 2 {
+			s += records[i] + text(records[i+1])
+		}
+		return s
+	}
 	for _, entries := range []string{
 		file,
 		file + "\x08" + text("d/b") + text("beta"), // ustar
@@ -49,10 +63,41 @@ func FuzzReaders(f *testing.F) {
 		"\x20" + text("a") + text("alpha") + "\x40" + text("b") + text("beta") + "\x60" + text("c") + text("gamma"), // sizes in other forms
 		"\x10" + text(`outputs\a`) + text("alpha"),
 		"\x05" + text("a") + text("") + "2",
-		file + "\x06\x00\x00\x68x",      // the mode
-		file + "\x06\x00\x01\x00x",      // the magic
-		file + "\x06\x00\x01\x59x",      // the prefix
-		file + "\x07" + text("") + file, // a zero block
+
+		// What is refused today, since readers differ there, and so would be found if it were not.
+		change(file, 100, "x"),           // mode
+		change(file, 124, "\x00"),        // size behind a NUL
+		change(file, 131, "\x00"),        // between NULs
+		change(file, 257, "\x00"),        // magic
+		change(file, 345, "x"),           // prefix of a GNU header
+		change(file, 483, "00000000002"), // real size
+		change(file, 157, "x"),           // link name
+		change(file, 156, "5"),           // a directory with content
+		change(file, 0, "\x00") + file,   // no name
+		file + "\x07" + text("") + file,  // a zero block
+		file + "\x00" + text("a") + text("beta"),
+		"\x01" + text("d/") + text("") + "\x00" + text("d/a") + text("alpha"),
+		"\x01" + text("d/") + text("alpha"),
+		"\x00" + text("../a") + text("alpha"),
+		"\x10" + text("/a") + text("alpha") + "\x10" + text("../../a") + text("alpha"),
+		file + "\x00" + text("a/b") + text("alpha"),
+		change("\x05"+text("l")+text("")+"2", 157, "..") + "\x00" + text("l/a") + text("alpha"),
+		"\x05" + text("a") + text("alpha") + "7",
+		"\x03" + text("a\x00b") + short,
+		"\x03" + text("") + short,
+		"\x13" + text("\x00") + short,
+		"\x03" + text("b") + "\x03" + text("a") + short,
+		"\x03" + text("b") + "\x07" + text(""),
+		pax("\x00", "b") + "\x03" + text("a") + short,
+		pax("\x00", "b", "\x00", "a") + ustar,
+		pax("\x00", "b") + pax("\x02", "1") + ustar,
+		pax("\x01", "4") + ustar,
+		pax("\x01", "+5") + ustar,
+		pax("\x09", "b") + ustar,
+		pax("\x0F", "b") + ustar,
+		pax("\x10", "512") + ustar,
+		pax("\x11", "BINARY") + ustar,
+		pax("\x0A", "x\n18 path=outputs/b") + ustar,
 	} {
 		f.Add(none, []byte(entries), none)
 	}
@@ -151,7 +196,8 @@ func (r *recipe) text() string {
 var paxKeywords = []string{
 	"path", "size", "mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "linkpath", "comment", "SCHILY.xattr.user.x",
 	"SCHILY.acl.access", "RHT.security.selinux", "LIBARCHIVE.creationtime", "GNU.sparse.name", "GNU.sparse.realsize", "hdrcharset",
-	"SCHILY.filetype", "SCHILY.dev",
+	"SCHILY.filetype", "SCHILY.dev", "GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.numblocks",
+	"SCHILY.realsize",
 }
 
 // entries returns an archive with the entries that r says behind it, and right checksums.

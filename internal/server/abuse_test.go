@@ -412,6 +412,13 @@ func (b *blockingStore) Stat(ctx context.Context, key artifact.Key) (artifact.In
 	return b.Store.Stat(ctx, key)
 }
 
+func (b *blockingStore) Create(ctx context.Context, key artifact.Key, size int64) (cache.Upload, error) {
+	if key == b.key {
+		<-b.release
+	}
+	return b.Store.Create(ctx, key, size)
+}
+
 // TestRapidReset has a client that resets each request as soon as it has sent it, so that more may be in
 // work than it may have at once.
 func TestRapidReset(t *testing.T) {
@@ -770,6 +777,27 @@ func TestChunksOfNothing(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestChunksThatWait has as many messages, each in a frame, while nobody asks for them: what is kept of
+// them is what they are.
+func TestChunksThatWait(t *testing.T) {
+	store := &blockingStore{Store: &cachetest.Memory{}, key: cachetest.Key("a"), release: make(chan struct{})}
+	s := startServer(t, setup{store: store})
+	checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
+		release := sync.OnceFunc(func() { close(store.release) })
+		defer release()
+		conn := dialFrames(t, s)
+		id := conn.call()
+		conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
+		empty := grpcFrame(t, chunk(nil))
+		conn.send(id, bytes.Repeat(empty, 100_000), len(empty), false)
+		conn.ping()
+		meanwhile()
+		release()
+		conn.send(id, grpcFrame(t, chunk(artifactA)), 16<<10, true)
+		conn.wantStatus(id, codes.OK, "", "")
+	})
 }
 
 // TestFramesOutOfPlace has frames that may not be where they are.
