@@ -66,7 +66,7 @@ func FuzzReaders(f *testing.F) {
 
 		// What is refused today, since readers differ there, and so would be found if it were not.
 		change(file, 100, "x"),           // mode
-		change(file, 124, "\x00"),        // size behind a NUL
+		change(file, 124, "\x00\x00"),    // size behind NULs
 		change(file, 131, "\x00"),        // between NULs
 		change(file, 257, "\x00"),        // magic
 		change(file, 345, "x"),           // prefix of a GNU header
@@ -102,7 +102,8 @@ func FuzzReaders(f *testing.F) {
 		f.Add(none, []byte(entries), none)
 	}
 	for _, frames := range []string{
-		"\x01\x00", "\x02\x00", "\x00\x08\x01\x08\x02\x00", "\x03\x03end\x04\x00\x00", "\x05\x00", "\x06\x00\x06\x01", "\x02\x00\x00\x05\x01",
+		"\x01\x00", "\x02\x00", "\x00\x08\x01\x08\x02\x00", "\x03\x03end\x04\x00\x00", "\x05\x00", "\x06\x00\x06\x01", "\x02\x00\x07\x00\x20\x01",
+		"\x00\x00\x08" + text("x"), "\x00\x00\x08" + text("\x28\xB5\x2F"), "\x08" + text("x"),
 	} {
 		f.Add(none, []byte(file), []byte(frames))
 	}
@@ -325,7 +326,7 @@ func (r *recipe) frames(archive []byte) []byte {
 			archive = archive[n:]
 			return part
 		}
-		switch op % 8 {
+		switch op % 9 {
 		case 0:
 			stream = append(stream, cachetest.Store(take())...)
 		case 1:
@@ -347,6 +348,8 @@ func (r *recipe) frames(archive []byte) []byte {
 			if len(stream) > 0 {
 				stream[at%len(stream)] = value
 			}
+		case 8: // anything
+			stream = append(stream, r.text()...)
 		}
 	}
 	if len(archive) > 0 || len(stream) == 0 {
