@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/url"
 	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"slices"
 	"strconv"
@@ -344,8 +345,10 @@ func checkAbuse(t *testing.T, s *testServer, heap uint64, abuse func(t *testing.
 	waitUntil(t, "no request is in flight", func() bool { return s.Requests() == 0 })
 	goroutines := runtime.NumGoroutine()
 	served := false
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
 	peak := peakHeap(func() {
 		t.Run("abuse", func(t *testing.T) { // so that its connections are closed behind it
+			defer debug.SetGCPercent(-1) // a collection would close files that the server forgot
 			abuse(t, func() {
 				t.Helper()
 				visit(t, s, "meanwhile")
