@@ -72,6 +72,7 @@ func dialFrames(t *testing.T, s *testServer, settings ...http2.Setting) *frames 
 		settings: map[http2.SettingID]uint32{}, windows: map[uint32]int64{0: 65535}, answers: map[uint32]*streamAnswer{},
 	}
 	f.changed = sync.NewCond(&f.mu)
+	f.SetDeadline(time.Now().Add(4 * patience)) // for some send very much
 	f.framer = http2.NewFramer(f.Conn, f.Conn)
 	f.framer.SetMaxReadFrameSize(1 << 20)
 	f.framer.AllowIllegalWrites = true
@@ -894,6 +895,7 @@ func TestPingsThatNobodyReads(t *testing.T) {
 			http2.NewFramer(&pings, nil).WritePing(false, [8]byte{})
 		}
 		meanwhile()
+		conn.SetDeadline(time.Now().Add(4 * patience))
 		for {
 			if _, err := conn.Write(pings.Bytes()); err != nil {
 				if netErr, ok := errors.AsType[net.Error](err); ok && netErr.Timeout() {
