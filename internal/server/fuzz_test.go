@@ -265,6 +265,9 @@ func checkAnswers(t *testing.T, raw string, answers []byte, cut error) {
 			t.Errorf("the body of %s ends with %v", response.Status, err)
 		}
 		checkDocumented(t, request.Method, response, body)
+		if strings.HasPrefix(response.Header.Get("Content-Type"), "text/plain") {
+			return // net/http's own, the last one, and with a body whatever the method
+		}
 	}
 }
 
