@@ -33,6 +33,23 @@ test: ## Run all tests, with the race detector where there is a C compiler
 torture: ## Kill a busy server 500 times (or KILLS=n) and check what is left each time; takes some 10 minutes
 	POLYKIT_CACHE_TEST_KILLS=$(or $(KILLS),500) go test -run='^TestCrash$$' -count=1 -timeout=0 -v ./cmd/polykit-cache
 
+.PHONY: soak
+soak: ## Abort 100,000 uploads and downloads, and look for what the server does not give back
+	POLYKIT_CACHE_SOAK=100000 go test -count=1 -timeout=2h -v -run='^TestSoak$$' ./cmd/polykit-cache
+
+.PHONY: slow
+slow: ## Measure what 5,000 slow clients (or CLIENTS=n) cost others; takes some 2 minutes
+	POLYKIT_CACHE_TEST_SLOW_CLIENTS=$(or $(CLIENTS),5000) go test -run='^TestSlowClients$$' -count=1 -timeout=0 -v ./cmd/polykit-cache
+
+# Each target in turn, since go test can fuzz only one at a time.
+.PHONY: fuzz
+fuzz: ## Fuzz each target for 20 minutes (or FUZZTIME=1h)
+	@for package in artifact server; do \
+		for target in $$(go test -list='^Fuzz' ./internal/$$package | grep '^Fuzz'); do \
+			(set -x; go test -run='^$$' -fuzz="^$$target\$$" -fuzztime=$(or $(FUZZTIME),20m) ./internal/$$package) || exit; \
+		done; \
+	done
+
 .PHONY: check
 check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
 
@@ -52,10 +69,6 @@ generate: ## Generate gen/ from proto/
 .PHONY: bench
 bench: ## Run all benchmarks
 	go test -run='^$$' -bench=. -benchmem ./...
-
-.PHONY: soak
-soak: ## Abort 100,000 uploads and downloads, and look for what the server does not give back
-	POLYKIT_CACHE_SOAK=100000 go test -count=1 -timeout=2h -v -run='^TestSoak$$' ./cmd/polykit-cache
 
 .PHONY: clean
 clean: ## Remove what was built, but no stored artifact

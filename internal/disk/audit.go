@@ -259,6 +259,9 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		return a.damaged(f, stat, err)
 	}
 	info.StoredAt = stat.ModTime()
+	if lack != nil { // a server may just have written it, behind the artifact
+		known, lack = s.readMemo(f.Key, stat)
+	}
 	if lack == nil && known.Hash != info.Hash {
 		return a.damaged(f, stat, hashDiffers(info.Hash, known.Hash))
 	}
