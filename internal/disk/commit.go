@@ -99,6 +99,9 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	if err != nil {
 		return info, err
 	}
+	if stat.Size() != info.Size {
+		return info, fmt.Errorf("%d bytes were written, but the file has %d", info.Size, stat.Size())
+	}
 	info.StoredAt = stat.ModTime()
 	path := s.artifactPath(u.key)
 	if err := s.inShard(u.key, func() error { return u.link(path) }); err != nil {

@@ -669,6 +669,21 @@ type damagedTest struct {
 	reason string // or how it begins
 }
 
+// TestCutShortBeforeCommit writes to an upload's file what a file system that loses bytes would leave.
+func TestCutShortBeforeCommit(t *testing.T) {
+	r := open(t, t.TempDir())
+	upload, info := r.upload(t, key, content)
+	for _, name := range list(t, r.path("tmp")) {
+		write(t, r.path("tmp/"+name), content[:len(content)-1])
+	}
+	if _, err := upload.Commit(t.Context(), info); err == nil {
+		t.Error("Commit of a file that lacks a byte returned no error")
+	}
+	upload.Abort()
+	r.tmpIsEmpty(t)
+	r.lacks(t, key)
+}
+
 // TestDamagedBehindItsMemo pins a limit: a GET does not read what it serves, so a bit that flips
 // without the file's size or time changing is found only by verifying all of the artifact again.
 func TestDamagedBehindItsMemo(t *testing.T) {
