@@ -308,14 +308,25 @@ func (s *Store) unopened(key artifact.Key, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return cache.ErrNotFound
 	}
-	stat, statErr := os.Lstat(s.artifactPath(key))
+	path := s.artifactPath(key)
+	stat, statErr := os.Lstat(path)
 	if errors.Is(statErr, fs.ErrNotExist) || noDir(statErr) { // of the shard, which is no directory
 		return cache.ErrNotFound
 	}
-	if statErr == nil && (!stat.Mode().IsRegular() || errors.Is(err, fs.ErrPermission)) {
+	if statErr == nil && (!stat.Mode().IsRegular() || errors.Is(err, fs.ErrPermission) && unreadable(path)) {
 		return s.setAside(key, stat, err)
 	}
 	return translate(err)
+}
+
+// unreadable says whether it is the file that may not be read. It may as well have been the way to it,
+// for a moment, while somebody changes the permissions of all that is stored.
+func unreadable(path string) bool {
+	file, err := os.OpenFile(path, os.O_RDONLY|openFlags, 0)
+	if err == nil {
+		file.Close()
+	}
+	return errors.Is(err, fs.ErrPermission)
 }
 
 // Quarantine implements cache.Store.
