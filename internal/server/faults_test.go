@@ -252,6 +252,44 @@ func TestFileCutMidDownload(t *testing.T) {
 	}
 }
 
+// seekless is a store whose files can't seek.
+type seekless struct{ cache.Store }
+
+func (s seekless) Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
+	file, info, err := s.Store.Open(ctx, key)
+	return seeklessFile{file}, info, err
+}
+
+type seeklessFile struct{ io.ReadSeekCloser }
+
+func (seeklessFile) Seek(int64, int) (int64, error) { return 0, errStore }
+
+// TestSeekFails proves that a fault which http.ServeContent answers by itself is told as any other.
+func TestSeekFails(t *testing.T) {
+	for _, m := range mouths {
+		if m.rest == nil {
+			continue
+		}
+		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t, setup{store: seekless{&cachetest.Memory{}}})
+			s.put(t, cachetest.Key("a"), artifactA)
+			response, body := get(keyA).do(t, s, m.rest(t, s))
+			if response.StatusCode != 500 || string(body) != `{"error":"internal error"}` {
+				t.Errorf("the answer is %s %s", response.Status, body)
+			}
+			for name, want := range map[string]string{"Content-Type": "application/json", "X-Artifact-Hash": "", "ETag": "", "Last-Modified": ""} {
+				if got := response.Header.Get(name); got != want {
+					t.Errorf("%s is %q, want %q", name, got, want)
+				}
+			}
+			if lines := s.log.find(slog.LevelError, "seek in the artifact"); len(lines) != 1 {
+				t.Errorf("logged as errors: %v; want one line", s.log.find(slog.LevelError, ""))
+			}
+		})
+	}
+}
+
 // panicking is a store of which one method panics.
 type panicking struct {
 	cache.Store

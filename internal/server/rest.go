@@ -72,8 +72,12 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	header.Set("X-Artifact-Hash", hash)
 	header.Set("ETag", `"`+hash+`"`)
 	r = inBytes(r, info.Size)
-	d := &download{ResponseWriter: w, refuse: func() {
-		s.refuse(w, r, fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size))
+	d := &download{ResponseWriter: w, refuse: func(status int) {
+		err := errors.New("seek in the artifact")
+		if status == http.StatusRequestedRangeNotSatisfiable {
+			err = fmt.Errorf("%w: the artifact has %d bytes", errRange, info.Size)
+		}
+		s.refuse(w, r, err)
 	}}
 	http.ServeContent(d, r, "", info.StoredAt, content)
 	if r.Method == http.MethodHead {
@@ -121,7 +125,7 @@ func inBytes(r *http.Request, size int64) *http.Request {
 // download is a ResponseWriter that counts what of an artifact was sent.
 type download struct {
 	http.ResponseWriter
-	refuse func() // answers a range that can't be satisfied
+	refuse func(status int) // answers instead of http.ServeContent
 
 	refused bool
 	sent    int64
@@ -130,12 +134,12 @@ type download struct {
 }
 
 func (d *download) WriteHeader(status int) {
-	if status == http.StatusRequestedRangeNotSatisfiable {
+	if status == http.StatusRequestedRangeNotSatisfiable || status == http.StatusInternalServerError {
 		d.refused = true
 		for _, name := range []string{"X-Artifact-Hash", "ETag", "Last-Modified", "X-Content-Type-Options"} {
 			d.Header().Del(name) // of another answer
 		}
-		d.refuse()
+		d.refuse(status)
 		return
 	}
 	d.ResponseWriter.WriteHeader(status)
