@@ -66,6 +66,10 @@ lint: ## Check formatting, go vet, staticcheck and buf lint
 generate: ## Generate gen/ from proto/
 	$(BUF) generate
 
+.PHONY: faults
+faults: ## Make every call on files fail in every way, on the real program, which takes a minute or two
+	POLYKIT_CACHE_TEST_FAULTS=all go test -race -count=1 -v -run='Faults$$' ./cmd/polykit-cache
+
 .PHONY: bench
 bench: ## Run all benchmarks
 	go test -run='^$$' -bench=. -benchmem ./...
