@@ -41,22 +41,22 @@ func tiny(key artifact.Key) []byte {
 
 // putFaults is what commit.go describes.
 const putFaults = `
-newfstatat aa/bb/KEY.zst   EIO=500 EACCES=500 kill=201 EIO+=500
+newfstatat aa/bb/KEY.zst   EIO=201 EACCES=201 kill=201 EIO+=500
 statfs .                   EIO=500 EACCES=500 kill=201
-openat tmp/1               EMFILE=503 ENOSPC=507 EDQUOT=507 ENFILE=503 EIO=500 EACCES=500 EROFS=500 kill=201 EMFILE+=503
+openat tmp/1               EMFILE=503 ENOSPC=507 EDQUOT=507 ENFILE=503 EIO=500 EACCES=201 EACCES+=500 EROFS=500 kill=201 EMFILE+=503
 write tmp/1                ENOSPC=507 EDQUOT=507 EIO=500 none=500 short=500 kill=201
 utimensat tmp/1            EIO=500 EACCES=500 ENOSPC=507 kill=201 EIO+=500
 fsync tmp/1                EIO=500 ENOSPC=507 EDQUOT=507 kill=201 EIO+=500
 fstat tmp/1                EIO=500 kill=201
-mkdirat aa                 ENOSPC=507 EDQUOT=507 EIO=500 EACCES=500 kill=201 ENOSPC+=507
-openat .                   EMFILE=503 ENFILE=503 EIO=500 EACCES=500 kill=201
+mkdirat aa                 ENOSPC=507 EDQUOT=507 EIO=500 EACCES=201 kill=201 ENOSPC+=507 EACCES+=500
+openat .                   EMFILE=503 ENFILE=503 EIO=500 EACCES=201 kill=201
 fsync .                    EIO=500 ENOSPC=507 kill=201 EIO+=500
 close .                    EIO=500 kill=201
-mkdirat aa/bb              ENOSPC=507 EDQUOT=507 EIO=500 EACCES=500 kill=201
-openat aa                  EMFILE=503 ENFILE=503 EIO=500 EACCES=500 kill=201
+mkdirat aa/bb              ENOSPC=507 EDQUOT=507 EIO=500 EACCES=201 kill=201
+openat aa                  EMFILE=503 ENFILE=503 EIO=500 EACCES=201 kill=201
 fsync aa                   EIO=500 ENOSPC=507 kill=201
 close aa                   EIO=500 kill=201
-linkat aa/bb/KEY.zst       ENOSPC=507 EDQUOT=507 EIO=500 EACCES=500 EMLINK=500 EROFS=500 kill=201 EIO+=500 ENOSPC+=507
+linkat aa/bb/KEY.zst       ENOSPC=507 EDQUOT=507 EIO=500 EACCES=201 EACCES+=500 EMLINK=500 EROFS=500 kill=201 EIO+=500 ENOSPC+=507
 close tmp/1                EIO=201 kill=409 EIO+=500
 unlinkat tmp/1             EIO=201 EACCES=201 kill=409 EIO+=500
 openat tmp/2               EMFILE=201 ENOSPC=201 EIO=201 EACCES=201 kill=409 EMFILE+=503 ENOSPC+=507
@@ -64,14 +64,14 @@ write tmp/2                ENOSPC=201 EIO=201 none=201 short=201 kill=409
 close tmp/2                EIO=201 kill=409
 newfstatat aa/bb/KEY.json  EIO=201 kill=409
 renameat aa/bb/KEY.json    ENOSPC=201 EIO=201 EACCES=201 kill=409 EIO+=500
-openat aa/bb               EMFILE=503 EIO=500 EACCES=500 ENFILE=503 kill=409 EMFILE+=503
+openat aa/bb               EMFILE=503 EIO=500 EACCES=201 ENFILE=503 kill=409 EMFILE+=503
 fsync aa/bb                EIO=500 ENOSPC=507 EDQUOT=507 kill=409 EIO+=500
 close aa/bb                EIO=500 kill=409
 `
 
 // chunkedFaults is an upload of unknown size, which asks for the space of each piece.
 const chunkedFaults = `
-newfstatat aa/bb/KEY.zst   EIO=500
+newfstatat aa/bb/KEY.zst   EIO=201
 statfs .                   EIO=500
 openat tmp/1               ENOSPC=507
 statfs .                   EIO=500 ENOSPC=507 kill=201
@@ -102,7 +102,7 @@ close aa/bb                EIO=500
 
 // existingFaults is an upload of what is stored: it is refused, or nobody knows.
 const existingFaults = `
-newfstatat aa/bb/KEY.zst   EIO=500 EACCES=500
+newfstatat aa/bb/KEY.zst   EIO=500 EACCES=409 EACCES+=500
 openat aa/bb/KEY.json      EMFILE=409 EIO=409 EACCES=409 EMFILE+=503
 read aa/bb/KEY.json        EIO=409 none=409
 close aa/bb/KEY.json       EIO=409
@@ -110,7 +110,7 @@ close aa/bb/KEY.json       EIO=409
 
 // getFaults is a download. Without its memo an artifact is verified.
 const getFaults = `
-openat aa/bb/KEY.zst       EMFILE=503 ENFILE=503 EIO=500 EACCES=500 kill=409 EMFILE+=503 EIO+=500
+openat aa/bb/KEY.zst       EMFILE=503 ENFILE=503 EIO=500 EACCES=200 kill=409 EMFILE+=503 EIO+=500
 fstat aa/bb/KEY.zst        EIO=500 EACCES=500
 openat aa/bb/KEY.json      EMFILE=200 ENFILE=200 EIO=200 EACCES=200 EMFILE+=503 EIO+=500
 read aa/bb/KEY.json        EIO=200 none=200
@@ -122,7 +122,7 @@ close aa/bb/KEY.zst        EIO=200
 `
 
 const headFaults = `
-newfstatat aa/bb/KEY.zst   EIO=500 EACCES=500 EIO+=500
+newfstatat aa/bb/KEY.zst   EIO=500 EACCES=200 EACCES+=500 EIO+=500
 openat aa/bb/KEY.json      EMFILE=200 EIO=200 EACCES=200 EMFILE+=503
 read aa/bb/KEY.json        EIO=200 none=200
 close aa/bb/KEY.json       EIO=200
@@ -130,10 +130,10 @@ close aa/bb/KEY.json       EIO=200
 
 // remakeFaults is a download without a memo, which is made anew.
 const remakeFaults = `
-openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=500 EMFILE+=503
+openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=200 EMFILE+=503
 fstat aa/bb/KEY.zst        EIO=500
 openat aa/bb/KEY.json      EMFILE=200 EIO=200 EACCES=200 EMFILE+=503
-openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=500 EMFILE+=503
+openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=200 EMFILE+=503
 fstat aa/bb/KEY.zst        EIO=500
 openat aa/bb/KEY.json      EMFILE=200 EIO=200 EACCES=200
 read aa/bb/KEY.zst         EIO=500 kill=409
@@ -168,10 +168,10 @@ unlinkat aa/bb/KEY.json                EIO=404 EACCES=404 kill=201
 newfstatat .polykit-cache/quarantine   EIO=404
 newfstatat .polykit-cache              EIO=404
 newfstatat .                           EIO=404
-mkdirat .polykit-cache                 ENOSPC=507 EIO=500 EACCES=500 kill=201
-mkdirat .polykit-cache/quarantine      ENOSPC=507 EIO=500 EACCES=500
+mkdirat .polykit-cache                 ENOSPC=404 EIO=404 EACCES=404 ENOSPC+=507 kill=201
+mkdirat .polykit-cache/quarantine      ENOSPC=404 EIO=404 EACCES=404
 newfstatat .polykit-cache/quarantine/1.zst  EIO=404
-renameat .polykit-cache/quarantine/1.zst    EIO=500 ENOSPC=507 EACCES=500 kill=201
+renameat .polykit-cache/quarantine/1.zst    EIO=404 ENOSPC=404 EACCES=404 EIO+=500 ENOSPC+=507 kill=201
 openat .polykit-cache/quarantine/1.txt      ENOSPC=404 EMFILE=404 kill=201
 write .polykit-cache/quarantine/1.txt       ENOSPC=404 EIO=404 kill=201
 close .polykit-cache/quarantine/1.txt       EIO=404
@@ -180,7 +180,7 @@ close .polykit-cache/quarantine/1.zst       EIO=404
 
 // filesFaults is a list of the files in an artifact, which is verified for it.
 const filesFaults = `
-openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=500
+openat aa/bb/KEY.zst       EMFILE=503 EIO=500 EACCES=200
 fstat aa/bb/KEY.zst        EIO=500
 openat aa/bb/KEY.json      EMFILE=200 EIO=200
 read aa/bb/KEY.json        EIO=200
@@ -191,7 +191,7 @@ close aa/bb/KEY.zst        EIO=200
 
 // readyFaults is GET /readyz, which says 503 whatever is wrong.
 const readyFaults = `
-openat tmp/1               EMFILE=503 ENOSPC=503 EIO=503 EACCES=503 EROFS=503 kill=201
+openat tmp/1               EMFILE=503 ENOSPC=503 EIO=503 EACCES=200 EACCES+=503 EROFS=503 kill=201
 write tmp/1                ENOSPC=503 EIO=503 none=503 kill=201
 close tmp/1                EIO=200 kill=201
 unlinkat tmp/1             EIO=200 kill=201

@@ -69,7 +69,7 @@ func TestFull(t *testing.T) {
 				skip(t, "mount: %v", err)
 			}
 			r := &faultRig{root: root, dir: root, data: several}
-			r.process = start(t, r.dir)
+			r.traced = start(t, r.dir)
 			control := r.newKey(t)
 			is(t, "PUT", r.put(control), "201")
 			test(t, r)
@@ -78,7 +78,7 @@ func TestFull(t *testing.T) {
 				t.Errorf("open files: %q", open)
 			}
 			is(t, "the end", r.stop(), "exit 0")
-			r.process = start(t, r.dir)
+			r.traced = start(t, r.dir)
 			r.audit(t)
 			is(t, "the end", r.stop(), "exit 0")
 		})

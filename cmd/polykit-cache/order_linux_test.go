@@ -26,12 +26,12 @@ func TestSyncedBeforeAcknowledged(t *testing.T) {
 	const waves, uploads = 3, 4
 	root := t.TempDir()
 	r := &faultRig{root: root, dir: filepath.Join(root, "store"), data: several}
-	r.process = start(t, r.dir)
+	r.traced = start(t, r.dir)
 	for range waves * uploads {
 		r.newKey(t)
 	}
 
-	tr := trace(t, r.process, newNames(root, r.dir, cachetest.Key("none of these")), "-yy", "-s12", "-e", "trace=write,fsync,linkat,mkdirat")
+	tr := trace(t, r.traced, newNames(root, r.dir, cachetest.Key("none of these")), "-yy", "-s12", "-e", "trace=write,fsync,linkat,mkdirat")
 	lines := make(chan []event)
 	go func() {
 		var events []event
