@@ -110,7 +110,7 @@ close aa/bb/KEY.json       EIO=409
 
 // getFaults is a download. Without its memo an artifact is verified.
 const getFaults = `
-openat aa/bb/KEY.zst       EMFILE=503 ENFILE=503 EIO=500 EACCES=200 kill=409 EMFILE+=503 EIO+=500
+openat aa/bb/KEY.zst       EACCES=200 EMFILE=503 ENFILE=503 EIO=500 kill=409 EMFILE+=503 EIO+=500
 fstat aa/bb/KEY.zst        EIO=500 EACCES=500
 openat aa/bb/KEY.json      EMFILE=200 ENFILE=200 EIO=200 EACCES=200 EMFILE+=503 EIO+=500
 read aa/bb/KEY.json        EIO=200 none=200
