@@ -122,7 +122,7 @@ func newCrash(t *testing.T, seed uint64, sampled bool) *crash {
 	}
 	t.Cleanup(func() {
 		if c.server != nil {
-			c.server.cmd.Process.Kill()
+			c.server.Process.Kill()
 			<-c.server.ended
 		}
 	})
@@ -156,7 +156,7 @@ func (c *crash) life(signal syscall.Signal, clients ...func()) {
 
 func (c *crash) spawn() *process {
 	env := append(os.Environ(), "GORACE=atexit_sleep_ms=0")
-	p, err := spawn(env, "--storage-dir", c.dir, "--log-level=debug", "--shutdown-timeout=1h")
+	p, err := spawn("polykit-cache", env, "--storage-dir", c.dir, "--log-level=debug", "--shutdown-timeout=1h")
 	if err != nil {
 		panic(err)
 	}
@@ -199,7 +199,7 @@ func (c *crash) end(signal syscall.Signal) {
 	default:
 	}
 	c.ending.Store(true)
-	c.server.cmd.Process.Signal(signal)
+	c.server.Process.Signal(signal)
 	<-c.server.ended
 	c.users.Wait()
 	c.session.close()
@@ -254,17 +254,17 @@ func (c *crash) killAtStart() {
 	before := len(c.inTmp())
 	p := c.spawn()
 	if c.random.IntN(4) == 0 {
-		time.AfterFunc(time.Duration(c.random.Int64N(int64(50*time.Millisecond))), func() { p.cmd.Process.Kill() })
+		time.AfterFunc(time.Duration(c.random.Int64N(int64(50*time.Millisecond))), func() { p.Process.Kill() })
 	} else { // it logs each file that it sweeps
 		lines := 1 + c.random.IntN(before+1)
 		p.stdout = io.TeeReader(p.stdout, writer(func(log []byte) {
 			if lines -= bytes.Count(log, []byte("\n")); lines <= 0 {
-				p.cmd.Process.Kill()
+				p.Process.Kill()
 			}
 		}))
 	}
 	p.listen()
-	p.cmd.Process.Kill() // at the latest
+	p.Process.Kill() // at the latest
 	<-p.ended
 	c.kills++
 	c.wellBehaved()

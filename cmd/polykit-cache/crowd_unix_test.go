@@ -24,7 +24,7 @@ import (
 )
 
 // startLimited starts a server that may have so many files and connections open.
-func startLimited(t *testing.T, descriptors int, dir string, args ...string) *program {
+func startLimited(t *testing.T, descriptors int, dir string, args ...string) *process {
 	t.Helper()
 	script := filepath.Join(t.TempDir(), "limited")
 	text := fmt.Sprintf("#!/bin/sh\nulimit -n %d || exit\nexec polykit-cache \"$@\"\n", descriptors)

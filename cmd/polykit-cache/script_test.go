@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/tls"
 	"encoding/pem"
 	"errors"
@@ -114,12 +112,12 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	for len(args) > 0 && strings.Contains(args[0], "=") && !strings.HasPrefix(args[0], "-") {
 		env, args = append(env, args[0]), args[1:]
 	}
-	p, err := spawn(env, append([]string{"--storage-dir", ts.MkAbs("store")}, args...)...)
+	p, err := spawn("polykit-cache", env, append([]string{"--storage-dir", ts.MkAbs("store")}, args...)...)
 	ts.Check(err)
 	p.listen()
 	t := ts.Value(testingTB{}).(testing.TB)
 	stop := sync.OnceFunc(func() {
-		p.cmd.Process.Signal(syscall.SIGTERM)
+		p.Process.Signal(syscall.SIGTERM)
 		if <-p.ended; p.err != nil || !strings.Contains(p.log, "stopped") {
 			t.Errorf("the server ended with %v; its log:\n%s%s", p.err, p.log, p.stderr.String())
 		}
@@ -132,40 +130,6 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	ts.Setenv("SERVER", "http://"+p.address)
 	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+p.address)
-}
-
-// process is a server that runs as a program of its own.
-type process struct {
-	cmd     *exec.Cmd
-	stdout  io.Reader
-	address string        // empty if it ended before it listened
-	ended   chan struct{} // closed when it has ended and the rest is known
-	err     error         // of its end
-	log     string
-	stderr  bytes.Buffer
-}
-
-// spawn starts the program as a server on a free port. Its log must be read for it to go on: by listen.
-func spawn(env []string, args ...string) (*process, error) {
-	p := &process{cmd: exec.Command("polykit-cache", append([]string{"--port=0"}, args...)...), ended: make(chan struct{})}
-	p.cmd.Env = env
-	p.cmd.Stderr = &p.stderr
-	var err error
-	if p.stdout, err = p.cmd.StdoutPipe(); err != nil {
-		return nil, err
-	}
-	return p, p.cmd.Start()
-}
-
-// listen waits until the server listens, or has ended.
-func (p *process) listen() {
-	address, rest := readAddress(p.stdout)
-	p.address = address
-	go func() {
-		p.log = <-rest
-		p.err = p.cmd.Wait()
-		close(p.ended)
-	}()
 }
 
 // scriptStops has, for each script, what scriptStops its server.
@@ -194,31 +158,6 @@ func scriptFlip(ts *testscript.TestScript, neg bool, args []string) {
 	content[len(content)/2] ^= 1
 	ts.Check(os.WriteFile(path, content, 0o644))
 	ts.Check(os.Chtimes(path, stat.ModTime(), stat.ModTime()))
-}
-
-// readAddress reads the log of a server until it says the address that the server listens on, and
-// goes on reading in the background: the whole log comes when the server has ended.
-func readAddress(log io.Reader) (string, <-chan string) {
-	expression := regexp.MustCompile(`\blistening"?[ ,]"?address"?[=:]"?([0-9.]+:[0-9]+)`)
-	var text strings.Builder
-	reader := bufio.NewReader(log)
-	address := ""
-	for address == "" {
-		line, err := reader.ReadString('\n')
-		text.WriteString(line)
-		if match := expression.FindStringSubmatch(line); match != nil {
-			address = match[1]
-		}
-		if err != nil {
-			break
-		}
-	}
-	all := make(chan string, 1)
-	go func() {
-		io.Copy(&text, reader)
-		all <- text.String()
-	}()
-	return address, all
 }
 
 // scriptTLSProxy is "tlsproxy": it puts a proxy with TLS in front of $SERVER, sets $TLSADDRESS to its

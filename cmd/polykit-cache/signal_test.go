@@ -41,7 +41,7 @@ type flight struct {
 }
 
 // takeOff stores an artifact of which it then begins downloads, and uploads others.
-func takeOff(t *testing.T, p *program, dir string) *flight {
+func takeOff(t *testing.T, p *process, dir string) *flight {
 	t.Helper()
 	server, err := client.ParseServer("http://" + p.address)
 	check(t, err)
@@ -206,7 +206,7 @@ func waitUntil(t *testing.T, what string, condition func() bool) {
 }
 
 // signal sends a signal and waits until the server does not listen any more.
-func (p *program) signal(t *testing.T, signal os.Signal) {
+func (p *process) signal(t *testing.T, signal os.Signal) {
 	t.Helper()
 	check(t, p.Process.Signal(signal))
 	waitUntil(t, "the server refuses connections", func() bool {
@@ -282,13 +282,13 @@ func TestSecondSignal(t *testing.T) {
 	f := takeOff(t, p, dir)
 	p.signal(t, syscall.SIGTERM)
 	check(t, p.Process.Signal(syscall.SIGTERM))
-	log := <-p.log
-	exit, ok := errors.AsType[*exec.ExitError](p.Wait())
+	<-p.ended
+	exit, ok := errors.AsType[*exec.ExitError](p.err)
 	if !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
 		t.Errorf("the server ended with %v; want the signal", exit)
 	}
-	if strings.Contains(log, "stopped") {
-		t.Errorf("it did not end at once:\n%s", log)
+	if strings.Contains(p.log, "stopped") {
+		t.Errorf("it did not end at once:\n%s", p.log)
 	}
 	if errs := f.land(); len(errs) != f.n {
 		t.Errorf("of %d requests that were cut only %d failed", f.n, len(errs))

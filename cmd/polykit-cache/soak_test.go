@@ -83,7 +83,7 @@ func (h holdings) String() string {
 
 // observed is a server that says what it holds.
 type observed struct {
-	*program
+	*process
 	dir string
 	say *bufio.Reader // its standard error
 }
@@ -154,7 +154,7 @@ func TestSoak(t *testing.T) {
 	check(t, err)
 	defer read.Close()
 	o := &observed{dir: dir, say: bufio.NewReader(read)}
-	o.program = startProgramTo(t, write, "polykit-cache-observed", dir, "--log-level=debug")
+	o.process = startProgramTo(t, write, "polykit-cache-observed", dir, "--log-level=debug")
 	write.Close()
 
 	s := &soak{address: o.address, dir: dir, aborted: map[string]int{}, stored: cachetest.Key("stored")}
