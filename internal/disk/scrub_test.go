@@ -529,3 +529,19 @@ func TestVerifyRepairNeedsTheDirectory(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestScrubIsStopped stops a scrub in the middle of an artifact, which is not damaged for that.
+func TestScrubIsStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := open(t, t.TempDir())
+		large := cachetest.Random(key, 2_000_000)
+		r.put(t, key, large)
+		stop := r.scrub(t, disk.ScrubConfig{Interval: time.Nanosecond, Rate: 100_000})
+		time.Sleep(10 * time.Second)
+		stop()
+		r.serves(t, key, large)
+		if found := r.reasons(t); len(found) > 0 {
+			t.Errorf("in quarantine: %q", found)
+		}
+	})
+}
