@@ -25,7 +25,7 @@
 //	limit     Nothing is over the Limits, and what is over is refused when it crosses the limit.
 //
 // "\" and "/" are the same separator, since clients on Windows write one into the manifest and the
-// other into the archive. Members of the two documents that are not named here are ignored.
+// other into the archive. Members of the two documents that are not named here are ignored, up to 1,000.
 package artifact
 
 import (

@@ -17,6 +17,10 @@ import (
 // Timestamp can say.
 const latestSecond = 253402300799
 
+// maxUnknownMembers is how many members a document may have that nobody knows. Some are room for what
+// may come; millions of them, which compress to nothing, only take time.
+const maxUnknownMembers = 1000
+
 // manifest is a manifest.json.
 type manifest struct {
 	files     map[string]Digest // by clean path
@@ -150,6 +154,7 @@ func (d *document) members(required ...string) iter.Seq[string] {
 			return
 		}
 		seen := map[string]bool{}
+		unknown := 0
 		for d.err == nil && d.dec.More() {
 			name, ok := d.token().(string)
 			if !ok {
@@ -159,8 +164,11 @@ func (d *document) members(required ...string) iter.Seq[string] {
 				d.fail(fmt.Errorf("has the member %s twice", quote(name)))
 				return
 			}
-			if slices.Contains(required, name) { // of others there may be very many
+			if slices.Contains(required, name) {
 				seen[name] = true
+			} else if unknown++; len(required) > 0 && unknown > maxUnknownMembers {
+				d.fail(fmt.Errorf("has more than %d members that are not known", maxUnknownMembers))
+				return
 			}
 			d.name = name
 			if !yield(name) {

@@ -201,6 +201,9 @@ func TestVerifySound(t *testing.T) {
 		{"unknown members", documents(
 			strings.Replace(metadataText(testKey.String()), "{", `{"Version":2,"x":{"version":2},"x":[null,1e999,"\ud83d\ude00"],`, 1),
 			strings.Replace(manifestText, "{", `{"Files":{},"symlinks":{"a":"b"},`, 1)), onlyA},
+		{"as many unknown members as there may be", documents(
+			strings.Replace(metadataText(testKey.String()), "{", "{"+strings.Repeat(`"x":0,`, 1000), 1),
+			strings.Replace(manifestText, "{", "{"+strings.Repeat(`"x":0,`, 1000), 1)), onlyA},
 		{"escapes in names", documents(strings.Replace(metadataText(testKey.String()), "version", `\u0076ersion`, 1),
 			strings.Replace(manifestText, `"a"`, `"\u0061"`, 1)), onlyA},
 		{"backslash that is escaped before a u", documents(strings.Replace(metadataText(testKey.String()), `"version"`, `"\\ud800":"\\\\udfff","version"`, 1),

@@ -301,6 +301,9 @@ func unsoundMetadata(key artifact.Key) []Unsound {
 		{"metadata.json nested too deep", edit(`"version":1`, `"version":1,"x":`+strings.Repeat("[", 20000)+strings.Repeat("]", 20000)), rule,
 			"metadata.json is not valid JSON"},
 
+		{"metadata.json with too many unknown members", edit(`"version":1`, `"version":1`+strings.Repeat(`,"x":0`, 1001)), rule,
+			"metadata.json has more than 1000 members that are not known"},
+
 		{"no package_name", edit(`"package_name":"web",`, ""), rule, `metadata.json lacks the member "package_name"`},
 		{"no task_name", edit(`"task_name":"build",`, ""), rule, `metadata.json lacks the member "task_name"`},
 		{"no command", edit(`"command":"npm run build",`, ""), rule, `metadata.json lacks the member "command"`},
