@@ -499,7 +499,7 @@ func closed(path string, mode fs.FileMode) func(*testing.T, string) {
 func ofRoot(path string) func(*testing.T, string) {
 	return func(t *testing.T, dir string) {
 		if os.Getuid() != 0 {
-			t.Skip("only root can give a directory to root")
+			skip(t, "only root can give a directory to root")
 		}
 		check(t, os.Chown(filepath.Join(dir, path), 0, 0))
 	}
@@ -578,7 +578,7 @@ func TestStoreRemoved(t *testing.T) {
 // so for as long as it is so, touches nothing, and goes on when somebody has mended it.
 func TestShardOfAnother(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("only root can give a directory to root")
+		skip(t, "only root can give a directory to root")
 	}
 	get, put := asks[0], asks[2]
 	u, log := startUnprivilegedWithLog(t)

@@ -33,15 +33,6 @@ func held() {
 	main()
 }
 
-// skip skips a test where the system does not allow it. In CI it does, so there a skip is a failure.
-func skip(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
 // traced is a server in a process of its own, at whose syscalls strace looks.
 type traced struct {
 	cmd     *exec.Cmd
