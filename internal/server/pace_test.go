@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -70,13 +71,13 @@ func TestPace(t *testing.T) {
 func TestPaceOfTransfersBoundsThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		expired := false
+		var expired atomic.Bool
 		body := &pacedBody{pace: newPace(10*time.Second, 100, func(time.Time) error {
-			expired = true
+			expired.Store(true)
 			return nil
 		})}
 		body.body = readerFunc(func(p []byte) (int, error) {
-			if expired {
+			if expired.Load() {
 				return 0, errors.New("expired")
 			}
 			time.Sleep(time.Second)
