@@ -6,10 +6,13 @@
 //	<dir>/tmp/                       uploads in progress
 //	<dir>/.polykit-cache.lock        locked while a server uses the directory
 //	<dir>/.polykit-cache/quarantine/ what was found damaged or in the way, each with its reason; may be deleted
+//	<dir>/.polykit-cache/scrub.json  how far the scrub is; may be deleted
 //
 // The .zst is the truth and its link is the one commit point; commit.go says why that is safe. The
 // memo is only a memo: where it is missing, torn, stale, or the Rust server's (which says less), it is
-// made anew by verifying the .zst, once. So nothing is served that was not verified by these rules.
+// made anew by verifying the .zst, once. So nothing is served that was not verified by these rules. What
+// the disk damages behind an intact memo the scrub finds: scrub.go; audit.go says of one artifact what is
+// wrong with it, for the scrub and for Verify.
 package disk
 
 import (

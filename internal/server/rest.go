@@ -205,7 +205,7 @@ func (d *download) cutShort() error {
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	f := faultOf(err)
 	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
-	if errors.Is(err, errTooSlow) {
+	if errors.Is(err, errTooSlow) && r.ProtoMajor == 1 {
 		w.Header().Set("Connection", "close")
 	}
 	if r.Body == http.NoBody || errors.Is(err, errTooSlow) {

@@ -6,7 +6,9 @@
 //	                                       ├ JSON methods: grpc-gateway ── the same ArtifactService
 //	                                       └ /healthz, /readyz, /openapi.json
 //
-// Errors become statuses of both protocols in one table: status.go.
+// Errors become statuses of both protocols in one table: status.go. How long the server waits for a
+// client is bounded in pace.go, how many connections there are and how long they are idle in
+// connections.go; how many uploads run at once is the Verifier's to say.
 //
 // Routing is net/http's own and not the gateway's mux, which splits every path, tries its patterns
 // one after the other, and knows neither Allow nor a request for a path it has with a verb behind a
