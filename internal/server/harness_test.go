@@ -55,6 +55,9 @@ type setup struct {
 	limits artifact.Limits
 	// tls says that the server speaks TLS and nothing else.
 	tls bool
+	// sendBuffer is how much the operating system takes from the server before a client reads it; 0
+	// means as much as it likes, which can be megabytes.
+	sendBuffer int
 	// change changes the server's settings. It may be nil.
 	change func(*server.Config)
 }
@@ -119,7 +122,7 @@ func startServer(t testing.TB, setup setup) *testServer {
 	ctx, stop := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	accepting := make(chan struct{})
-	counting := &countingListener{listener, s.conns, sync.OnceFunc(func() { close(accepting) })}
+	counting := &countingListener{listener, s.conns, setup.sendBuffer, sync.OnceFunc(func() { close(accepting) })}
 	go func() { served <- s.Serve(ctx, counting) }()
 	s.stop, s.end = stop, sync.OnceValue(func() error { return <-served })
 	t.Cleanup(func() {
@@ -164,11 +167,12 @@ func clientTLS() *tls.Config {
 	return &tls.Config{RootCAs: pool}
 }
 
-// countingListener counts connections and leaves them as they are.
+// countingListener counts connections and leaves them as they are, but for the size of their buffer.
 type countingListener struct {
 	net.Listener
-	n         *atomic.Int64
-	accepting func()
+	n          *atomic.Int64
+	sendBuffer int
+	accepting  func()
 }
 
 func (l *countingListener) Accept() (net.Conn, error) {
@@ -176,6 +180,9 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err == nil {
 		l.n.Add(1)
+		if l.sendBuffer > 0 {
+			err = conn.(*net.TCPConn).SetWriteBuffer(l.sendBuffer)
+		}
 	}
 	return conn, err
 }

@@ -303,7 +303,7 @@ func getOver(t *testing.T, conn net.Conn, path string) (*http.Response, string) 
 // waitUntil polls for what has no signal of its own.
 func waitUntil(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); {
+	for deadline := time.Now().Add(patience); !condition(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain until %s", what)
 		}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -40,6 +41,21 @@ func dial(t *testing.T, s *testServer) *wire {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
 	return &wire{t, conn, bufio.NewReader(conn)}
+}
+
+// sendUntilCut sends the same part again and again without reading, until the server cuts the connection.
+func (w *wire) sendUntilCut(part string) {
+	w.t.Helper()
+	for range 64 << 20 / len(part) { // more than all buffers on the way
+		w.SetDeadline(time.Now().Add(patience))
+		if _, err := io.WriteString(w, part); err != nil {
+			if netErr, ok := errors.AsType[net.Error](err); ok && netErr.Timeout() {
+				w.t.Error("the server does not cut the connection")
+			}
+			return
+		}
+	}
+	w.t.Error("the server takes all, though nobody reads what it answers")
 }
 
 // send sends the parts.
