@@ -167,6 +167,17 @@ func flip(at int) func([]byte) []byte {
 	}
 }
 
+// otherDigit changes the first digit of a memo's hash.
+func otherDigit(p []byte) []byte {
+	digit := &p[len(`{"hash":"`)]
+	if *digit == '0' {
+		*digit = '1'
+	} else {
+		*digit = '0'
+	}
+	return p
+}
+
 func zeroed(p []byte) []byte { return make([]byte, len(p)) }
 func emptied([]byte) []byte  { return nil }
 func halved(p []byte) []byte { return p[:len(p)/2] }
@@ -211,6 +222,7 @@ var jsonDamages = []damage{
 	{"emptied", replace(stored.json, writes(emptied)), served, nil},
 	{"zeroed", replace(stored.json, writes(zeroed)), served, nil},
 	{"a flipped bit", replace(stored.json, writes(flip(-1))), served, nil},
+	{"another digit in the hash", replace(stored.json, writes(otherDigit)), served, nil},
 	{"a directory without permissions", replace(stored.json, closedDirectory), served, map[string]string{".json": "a directory where a memo belongs"}},
 	{"a foreign file", replace(stored.json, foreign), served, nil},
 	{"a link to nowhere", replace(stored.json, links("nowhere")), served, nil},

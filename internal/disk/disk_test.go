@@ -347,13 +347,20 @@ func TestLayout(t *testing.T) {
 	if !bytes.Equal(read(t, r.path(zstName)), content) {
 		t.Error("the .zst is not what was uploaded")
 	}
-	memo := fmt.Sprintf(`{"hash":"%x","size":%d,"created_at":1700000000,"cache_key_hash":"%s",`+
+	memo := sealed(fmt.Sprintf(`{"hash":"%x","size":%d,"created_at":1700000000,"cache_key_hash":"%s",`+
 		`"verified_by":1,"modified_at":%d,"uncompressed_size":5000,"file_count":1,`+
 		`"package_name":"web","task_name":"build","command":"npm run build"}`,
-		sha256.Sum256(content), len(content), digits, lstat(t, r.path(zstName)).ModTime().UnixNano())
+		sha256.Sum256(content), len(content), digits, lstat(t, r.path(zstName)).ModTime().UnixNano()))
 	if got := string(read(t, r.path(jsonName))); got != memo {
 		t.Errorf("the .json is\n%s, want\n%s", got, memo)
 	}
+}
+
+// sealed returns a memo with the checksum that belongs to its other members.
+func sealed(memo string) string {
+	memo, _, _ = strings.Cut(strings.TrimSuffix(memo, "}"), `,"checksum":`)
+	sum := sha256.Sum256([]byte(memo + "}"))
+	return fmt.Sprintf(`%s,"checksum":"%x"}`, memo, sum[:8])
 }
 
 func TestDirectoryHasOneServer(t *testing.T) {
@@ -459,9 +466,9 @@ var firstAsks = []firstAsk{
 // made anew, once.
 func TestFound(t *testing.T) {
 	full := func(hash string, size, modifiedAt int64, keyHash string, verifiedBy int) string {
-		return fmt.Sprintf(`{"hash":"%s","size":%d,"created_at":1700000000,"cache_key_hash":"%s","verified_by":%d,"modified_at":%d,`+
+		return sealed(fmt.Sprintf(`{"hash":"%s","size":%d,"created_at":1700000000,"cache_key_hash":"%s","verified_by":%d,"modified_at":%d,`+
 			`"uncompressed_size":77,"file_count":77,"package_name":"wrong","task_name":"wrong","command":"wrong"}`,
-			hash, size, keyHash, verifiedBy, modifiedAt)
+			hash, size, keyHash, verifiedBy, modifiedAt))
 	}
 	hash := fmt.Sprintf("%x", sha256.Sum256(content))
 	size := int64(len(content))
@@ -488,6 +495,10 @@ func TestFound(t *testing.T) {
 		{name: "another size", memo: full(hash, size+1, at, digits, 1)},
 		{name: "another time", memo: full(hash, size, at+1, digits, 1)},
 		{name: "another key", memo: full(hash, size, at, digits[1:]+"0", 1)},
+		{name: "another digit in the hash", memo: strings.Replace(full(hash, size, at, digits, 1), hash[:8], "00000000", 1)},
+		{name: "another name", memo: strings.Replace(full(hash, size, at, digits, 1), `"package_name":"w`, `"package_name":"v`, 1)},
+		{name: "no checksum", memo: strings.Split(full(hash, size, at, digits, 1), `,"checksum"`)[0] + "}"},
+		{name: "an empty checksum", memo: strings.Split(full(hash, size, at, digits, 1), `"checksum"`)[0] + `"checksum":""}`},
 		{name: "rules of the past", memo: full(hash, size, at, digits, 0)},
 		{name: "rules of the future", memo: full(hash, size, at, digits, 2)},
 		{name: "a directory", make: mkdir, aside: true},
@@ -697,7 +708,7 @@ func TestDamagedBehindItsMemo(t *testing.T) {
 		},
 		"another hash": func(t *testing.T, r rig) {
 			memo := strings.Replace(string(read(t, r.path(jsonName))), fmt.Sprintf("%x", sha256.Sum256(content)), strings.Repeat("0", 64), 1)
-			write(t, r.path(jsonName), []byte(memo))
+			write(t, r.path(jsonName), []byte(sealed(memo)))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,6 +1,8 @@
 package disk
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,6 +45,20 @@ type memo struct {
 	PackageName      string `json:"package_name"`
 	TaskName         string `json:"task_name"`
 	Command          string `json:"command"`
+
+	Checksum string `json:"checksum,omitempty"` // of all other members: see sum
+}
+
+// sum returns the checksum of all members but the checksum. A bit that the disk flips in a hash or a name
+// leaves a memo that reads well, and says what is not so.
+func (m memo) sum() string {
+	m.Checksum = ""
+	text, err := json.Marshal(m)
+	if err != nil {
+		panic(err) // it has only strings and numbers
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8])
 }
 
 // readMemo returns what the memo of the artifact whose file stat describes says, or why it can't be
@@ -71,6 +87,8 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 		return none, fmt.Errorf("torn: hash is %w", err)
 	case m.VerifiedBy != verifiedBy:
 		return none, errForeignMemo
+	case m.Checksum != m.sum():
+		return none, errors.New("damaged: its checksum is another")
 	case m.CacheKeyHash != key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
 		return none, errors.New("stale")
 	case m.Boot != "" && m.Boot != boot():
@@ -111,6 +129,7 @@ func (s *Store) writeMemo(info artifact.Info, synced bool) error {
 	if !synced {
 		m.Boot = boot()
 	}
+	m.Checksum = m.sum()
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err

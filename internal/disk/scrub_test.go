@@ -308,7 +308,7 @@ var wrecks = []struct {
 		stat := lstat(t, r.zst(key))
 		write(t, r.zst(key), slices.Concat(content, []byte("\x50\x2a\x4d\x18\x00\x00\x00\x00")))
 		memo := strings.Replace(string(read(t, r.json(key))), fmt.Sprintf(`"size":%d`, stat.Size()), fmt.Sprintf(`"size":%d`, stat.Size()+8), 1)
-		write(t, r.json(key), []byte(memo))
+		write(t, r.json(key), []byte(sealed(memo)))
 		if err := os.Chtimes(r.zst(key), stat.ModTime(), stat.ModTime()); err != nil {
 			t.Fatal(err)
 		}
@@ -327,8 +327,13 @@ var wrecks = []struct {
 			t.Fatal(err)
 		}
 	}, zstName, disk.StateMemo, "its memo is stale", true},
+	{"a memo with another digit in the hash", func(t *testing.T, r rig) {
+		memo := read(t, r.json(key))
+		memo[len(`{"hash":"f`)] ^= 1 // of "c", which makes it "b"
+		write(t, r.json(key), memo)
+	}, zstName, disk.StateMemo, "its memo is damaged", true},
 	{"a memo that is wrong", func(t *testing.T, r rig) {
-		write(t, r.json(key), []byte(strings.Replace(string(read(t, r.json(key))), `"file_count":`, `"file_count":1`, 1)))
+		write(t, r.json(key), []byte(sealed(strings.Replace(string(read(t, r.json(key))), `"file_count":`, `"file_count":1`, 1))))
 	}, zstName, disk.StateMemo, "its memo is wrong", true},
 	{"a memo of the Rust server", func(t *testing.T, r rig) {
 		write(t, r.json(key), []byte(fmt.Sprintf(`{"hash":"%x","size":%d,"created_at":1700000000,"cache_key_hash":"%s"}`,
