@@ -26,6 +26,9 @@ const (
 	// leastHeaderSize has room for what proxies add, and mostHeaderSize is more than anybody needs.
 	leastHeaderSize = 4 << 10
 	mostHeaderSize  = 16 << 20
+
+	// longest is the longest duration that can be set: adding to it must not overflow.
+	longest = 10 * 365 * 24 * time.Hour
 )
 
 // serveConfig is all that can be set of a server. The flags document it.
@@ -129,9 +132,15 @@ func (c *serveConfig) complete() error {
 		if d <= 0 {
 			return usageError("--%s is %v; it must be more than 0", flag, d)
 		}
+		if d > longest {
+			return usageError("--%s is %v; it must be at most %v", flag, d, longest)
+		}
 	}
 	if c.scrub.Interval < 0 {
 		return usageError("--scrub-interval is %v; it must not be negative", c.scrub.Interval)
+	}
+	if c.scrub.Interval > longest {
+		return usageError("--scrub-interval is %v; it must be at most %v", c.scrub.Interval, longest)
 	}
 	c.scrub.Rate = int64(c.scrubRate)
 	if c.server.MaxConnections == 0 {
