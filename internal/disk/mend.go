@@ -47,7 +47,7 @@ func (s *Store) mendDirs(paths ...string) bool {
 	mended := false
 	for _, path := range paths {
 		stat, err := os.Lstat(path)
-		if err != nil || !stat.IsDir() || stat.Mode()&usable == usable || os.Chmod(path, stat.Mode().Perm()|usable) != nil {
+		if err != nil || !stat.IsDir() || stat.Mode()&usable == usable || os.Chmod(path, stat.Mode()|usable) != nil {
 			continue
 		}
 		s.log.Warn("gave a directory permissions back that the server needs", "path", path, "had", stat.Mode())
