@@ -12,12 +12,14 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cachetest"
@@ -344,12 +346,12 @@ func startUnprivileged(t *testing.T) *unprivileged {
 }
 
 // startUnprivilegedWithLog starts a server, and returns what ends it, once, and returns its log.
-func startUnprivilegedWithLog(t *testing.T) (*unprivileged, func() string) {
+func startUnprivilegedWithLog(t *testing.T, args ...string) (*unprivileged, func() string) {
 	t.Helper()
 	parent := t.TempDir()
 	dir := filepath.Join(parent, "store")
 	check(t, os.Chmod(filepath.Dir(parent), 0o755), own(parent), os.Mkdir(dir, 0o755), own(dir))
-	p := startProgram(t, "polykit-cache-unprivileged", dir)
+	p := startProgram(t, "polykit-cache-unprivileged", dir, args...)
 	return &unprivileged{dir, "http://" + p.address}, sync.OnceValue(func() string {
 		check(t, p.Process.Signal(syscall.SIGTERM))
 		return p.ends(t)
@@ -521,16 +523,11 @@ func ofRoot(path string) func(*testing.T, string) {
 // aside, and uploads are stored.
 func TestDamagedStore(t *testing.T) {
 	get, put := asks[0], asks[2]
-	artifactOf := func(dir, digits string) stored {
-		key, err := artifact.ParseKey(digits + strings.Repeat("0", 60))
-		check(t, err)
-		return stored{dir, key, cachetest.Random(key, 1000)}
-	}
 	for _, d := range storeDamages {
 		t.Run(d.name, func(t *testing.T) {
 			t.Parallel()
 			u := startUnprivileged(t)
-			sound, damaged, first, last := artifactOf(u.dir, "aaaa"), artifactOf(u.dir, "bbbb"), artifactOf(u.dir, "cccc"), artifactOf(u.dir, "dddd")
+			sound, damaged, first, last := artifactOf(t, u.dir, "aaaa"), artifactOf(t, u.dir, "bbbb"), artifactOf(t, u.dir, "cccc"), artifactOf(t, u.dir, "dddd")
 			for _, s := range []stored{sound, damaged, first} {
 				put.wantStatus(t, u.url, s, 201, "before the damage")
 			}
@@ -621,5 +618,56 @@ func TestShardOfAnother(t *testing.T) {
 	}
 	if n := strings.Count(log(), "level=ERROR"); n != 4 {
 		t.Errorf("logged %d errors; want 4:\n%s", n, log())
+	}
+}
+
+// artifactOf returns an artifact in the shard of four digits.
+func artifactOf(t *testing.T, dir, digits string) stored {
+	t.Helper()
+	key, err := artifact.ParseKey(digits + strings.Repeat("0", 60))
+	check(t, err)
+	return stored{dir, key, cachetest.Random(key, 1000)}
+}
+
+// TestUnreadable has directories of another user, one that can't be read and one that can't be entered.
+// What is behind them is looked at all the same, by the scrub and by verify, and both say what they
+// could not look at.
+func TestUnreadable(t *testing.T) {
+	if os.Getuid() != 0 {
+		skip(t, "only root can give a directory to root")
+	}
+	u, log := startUnprivilegedWithLog(t, "--scrub-interval=1ms")
+	unlisted, shut, behind := artifactOf(t, u.dir, "aaaa"), artifactOf(t, u.dir, "bbbb"), artifactOf(t, u.dir, "cccc")
+	for _, s := range []stored{unlisted, shut, behind} {
+		asks[2].wantStatus(t, u.url, s, 201, "before the damage")
+	}
+	check(t, os.Chmod(unlisted.outer(), 0o700), os.Chown(unlisted.outer(), 0, 0))
+	check(t, os.Chmod(shut.shard(), 0o744), os.Chown(shut.shard(), 0, 0))
+
+	replace(stored.zst, writes(flip(-1200)))(t, behind)
+	for deadline := time.Now().Add(time.Minute); len(u.quarantined(t, behind.key.String())) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the scrub does not find what is behind a directory that it can't read")
+		}
+	}
+	if text := log(); !strings.Contains(text, `msg="could not scrub a directory" path=aa `) || !strings.Contains(text, `msg="could not scrub a file" path=bb/bb/`) {
+		t.Errorf("the log does not say what could not be scrubbed:\n%s", text)
+	}
+
+	for _, args := range [][]string{{"verify"}, {"verify", "--repair"}} {
+		verify := exec.Command("polykit-cache-unprivileged", append(args, "--storage-dir", u.dir)...)
+		out, err := verify.CombinedOutput()
+		if verify.ProcessState.ExitCode() != 1 {
+			t.Errorf("%s ended with %v; want exit status 1", args, err)
+		}
+		for _, want := range []string{
+			"unread      aa  open ",
+			"unread      bb/bb/" + shut.key.String() + ".zst  ",
+			"looked at 0 B: 0 sound and 2 unread\n",
+		} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("%s does not say %q, but\n%s", args, want, out)
+			}
+		}
 	}
 }

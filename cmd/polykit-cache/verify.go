@@ -27,12 +27,13 @@ whether it is sound and as it was uploaded:
   unverified  it is over the limits as they are set now, and so was not read in full
   missing     there is none under the key
   orphan      a memo without an artifact
+  unread      it could not be looked at, or the directory that it is in
   foreign     a file that no server made, and none minds
 
 A server may use the directory meanwhile, except with --repair: a server repairs what its own scrub
 finds. Give the limits that the server has, as flags or in the same environment.
 
-The exit status is 1 if anything was wrong: a memo, damaged, missing or orphan.`
+The exit status is 1 if anything was wrong: a memo, damaged, missing, orphan or unread.`
 
 const verifyExample = `  polykit-cache verify --storage-dir /var/cache/polykit --quiet
   polykit-cache verify --storage-dir /var/cache/polykit --repair
@@ -146,7 +147,7 @@ func (v *verifyFlags) verify(cmd *cobra.Command, keys []artifact.Key) error {
 func summary(counts map[disk.State]int) string {
 	var parts []string
 	for _, state := range []disk.State{
-		disk.StateSound, disk.StateMemo, disk.StateDamaged, disk.StateUnverified, disk.StateMissing, disk.StateOrphan, disk.StateForeign,
+		disk.StateSound, disk.StateMemo, disk.StateDamaged, disk.StateUnverified, disk.StateMissing, disk.StateOrphan, disk.StateUnread, disk.StateForeign,
 	} {
 		if counts[state] > 0 || state == disk.StateSound {
 			parts = append(parts, humanize.Comma(int64(counts[state]))+" "+string(state))

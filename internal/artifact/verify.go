@@ -64,6 +64,9 @@ func NewVerifier(limits Limits) *Verifier {
 	return v
 }
 
+// Slots is how many verifications may run at once.
+func (v *Verifier) Slots() int { return cap(v.capacity.slots) }
+
 // Verify reads an artifact to its end and returns what it holds if it is sound and made for key.
 // Else the error is an *UnsoundError that says the first thing found wrong, the error of r if that
 // came before, or ErrBusy. The caller must have been admitted if others verify too.

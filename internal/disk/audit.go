@@ -9,7 +9,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
+	"time"
 
 	"golang.org/x/time/rate"
 
@@ -36,6 +38,9 @@ const (
 	StateMissing State = "missing"
 	// StateOrphan is a memo without an artifact.
 	StateOrphan State = "orphan"
+	// StateUnread is what could not be looked at: a directory that can't be read, or an artifact when
+	// the operating system failed.
+	StateUnread State = "unread"
 	// StateForeign is what no server put there. It is in nobody's way.
 	StateForeign State = "foreign"
 )
@@ -57,22 +62,23 @@ type Finding struct {
 	Repaired bool
 }
 
-// Wrong says whether something is wrong that a server would have to make good.
+// Wrong says whether something is wrong that a server would have to make good, or may be.
 func (f *Finding) Wrong() bool {
 	switch f.State {
-	case StateMemo, StateDamaged, StateMissing, StateOrphan:
+	case StateMemo, StateDamaged, StateMissing, StateOrphan, StateUnread:
 		return true
 	default:
 		return false
 	}
 }
 
+// busyPause is how long an audit waits when there is no memory for an artifact.
+const busyPause = time.Second
+
 // auditor looks at what is stored.
 type auditor struct {
 	store  *Store
 	repair bool
-	// inspect is the verifier's.
-	inspect func(ctx context.Context, r io.Reader, key artifact.Key) (*artifact.Contents, artifact.Info, error)
 	// rate bounds the bytes per second that are read.
 	rate *rate.Limiter
 }
@@ -98,10 +104,11 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 
 // shardEntry is one file in a shard: an artifact, a memo without one, or something else.
 type shardEntry struct {
-	key  artifact.Key
-	path string // relative to the storage directory
-	size int64
-	kind entryKind
+	key     artifact.Key
+	path    string // relative to the storage directory
+	size    int64
+	kind    entryKind
+	problem error // of entryUnread: why it could not be read
 }
 
 type entryKind int
@@ -111,6 +118,7 @@ const (
 	entryMemo
 	entryForeign
 	entryMissing
+	entryUnread
 )
 
 // readShard returns what is in a shard, in ascending order of names. Memos of artifacts are not named.
@@ -184,8 +192,26 @@ func isShardName(name string) bool {
 }
 
 // audit looks at one entry of a shard. It returns nil if there is nothing any more, and an error only
-// if it could not look.
+// if it could not look. If there is no memory for the artifact now, it waits.
 func (a *auditor) audit(ctx context.Context, e shardEntry) (*Finding, error) {
+	for {
+		finding, err := a.auditNow(ctx, e)
+		if !errors.Is(err, artifact.ErrBusy) {
+			return finding, err
+		}
+		if !sleep(ctx, busyPause) {
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (a *auditor) auditNow(ctx context.Context, e shardEntry) (_ *Finding, err error) {
+	// A scrub runs in a goroutine of its own, where nothing else keeps a panic from ending the process.
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
 	f := &Finding{Path: e.path, Key: e.key, Size: e.size}
 	switch e.kind {
 	case entryForeign:
@@ -193,6 +219,9 @@ func (a *auditor) audit(ctx context.Context, e shardEntry) (*Finding, error) {
 		return f, nil
 	case entryMissing:
 		f.State, f.Problem = StateMissing, errors.New("is not stored")
+		return f, nil
+	case entryUnread:
+		f.State, f.Problem = StateUnread, e.problem
 		return f, nil
 	case entryMemo:
 		return a.auditMemo(f)
@@ -208,7 +237,12 @@ func (a *auditor) auditMemo(f *Finding) (*Finding, error) {
 	}
 	f.State, f.Problem = StateOrphan, errors.New("is a memo without an artifact")
 	if a.repair {
-		if err := os.RemoveAll(filepath.Join(a.store.dir, f.Path)); err != nil {
+		path := filepath.Join(a.store.dir, f.Path)
+		err := os.Remove(path)
+		if err != nil && isDir(path) { // what is in it may be dear to somebody
+			err = a.store.quarantine(path, f.Problem)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
 		f.Repaired = true
@@ -245,7 +279,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 	f.Size = stat.Size()
 	known, lack := s.readMemo(f.Key, stat)
 
-	_, info, err := a.inspect(ctx, a.read(ctx, file), f.Key)
+	_, info, err := s.verifier.InspectNow(ctx, a.read(ctx, file), f.Key)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}

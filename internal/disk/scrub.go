@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
-
-	"github.com/polykit/polykit-cache/internal/artifact"
 )
 
 // A scrub reads everything that is stored, again and again, for a disk may return other bytes than it
@@ -30,8 +28,6 @@ const (
 	scrubBurst = 256 << 10
 	// passPause is the least time between two passes, whatever their interval.
 	passPause = time.Second
-	// busyPause is how long a scrub waits when there is no memory for an artifact.
-	busyPause = time.Second
 )
 
 // ScrubConfig configures a scrub.
@@ -54,7 +50,7 @@ type scrubPass struct {
 // Scrub scrubs until ctx is done. What is damaged is moved to quarantine, memos are made anew, and
 // both are logged.
 func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
-	a := &auditor{store: s, repair: true, inspect: s.verifier.InspectNow, rate: rate.NewLimiter(rate.Limit(config.Rate), scrubBurst)}
+	a := &auditor{store: s, repair: true, rate: rate.NewLimiter(rate.Limit(config.Rate), scrubBurst)}
 	pass := s.readScrubPass(config.Interval)
 	s.writeScrubPass(pass)
 	for {
@@ -95,7 +91,8 @@ func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, inte
 			continue
 		}
 		if err != nil {
-			return err
+			s.log.Error("could not scrub a directory", "path", outer, "error", err)
+			continue
 		}
 		for _, shard := range shards {
 			number := shardNumber(shard)
@@ -106,8 +103,12 @@ func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, inte
 			if !sleep(ctx, time.Until(due)) {
 				return ctx.Err()
 			}
-			if err := s.scrubShard(ctx, a, shard, pass); err != nil {
-				return err
+			err := s.scrubShard(ctx, a, shard, pass)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err != nil { // which must not keep all that is behind it from being scrubbed
+				s.log.Error("could not scrub a directory", "path", shard, "error", err)
 			}
 			pass.Next = number + 1
 			s.writeScrubPass(*pass)
@@ -130,12 +131,6 @@ func (s *Store) scrubShard(ctx context.Context, a *auditor, shard string, pass *
 			continue
 		}
 		finding, err := a.audit(ctx, e)
-		for errors.Is(err, artifact.ErrBusy) {
-			if !sleep(ctx, busyPause) {
-				return ctx.Err()
-			}
-			finding, err = a.audit(ctx, e)
-		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

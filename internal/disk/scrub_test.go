@@ -550,3 +550,73 @@ func TestScrubIsStopped(t *testing.T) {
 		}
 	})
 }
+
+// TestVerifyWaitsForMemory proves that the audits of a verification do not fail for the memory that
+// others of them take.
+func TestVerifyWaitsForMemory(t *testing.T) {
+	r := open(t, t.TempDir())
+	for i := range 4 {
+		key := keyAt(float64(i) / 4)
+		r.put(t, key, cachetest.Random(key, 1<<20))
+	}
+	limits := artifact.DefaultLimits
+	limits.Window = 256 << 20
+	limits.QueueTimeout = time.Nanosecond
+	limits.Memory = limits.LeastMemory() // for one at a time
+	found := 0
+	err := disk.Verify(t.Context(), disk.VerifyConfig{
+		Config: disk.Config{Dir: r.dir, Verifier: artifact.NewVerifier(limits), Log: discard},
+		Report: func(f *disk.Finding) {
+			if f.State == disk.StateSound {
+				found++
+			}
+		},
+	})
+	if found != 4 || err != nil {
+		t.Errorf("Verify reported %d sound artifacts and returned %v; want 4 and nil", found, err)
+	}
+}
+
+// TestScrubSurvivesPanic proves that a panic of the verifier does not end the server, and neither the
+// scrub.
+func TestScrubSurvivesPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := open(t, t.TempDir())
+		first, last := keyAt(0.25), keyAt(0.75)
+		r.put(t, first, cachetest.Random(first, 1000))
+		r.put(t, last, cachetest.Random(last, 1000))
+		r.store.Close()
+		log := new(logbook)
+		store, err := disk.Open(disk.Config{Dir: r.dir, Log: slog.New(slog.NewTextHandler(log, nil))}) // without a Verifier
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		stop := rig{store: store}.scrub(t, disk.ScrubConfig{Interval: time.Hour, Rate: 1 << 30})
+		defer stop()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if n := strings.Count(log.String(), "panic: "); n < 2 || !exists(t, r.zst(first)) || !exists(t, r.zst(last)) {
+			t.Errorf("logged %d panics, want one for each artifact; or one is gone:\n%s", n, log)
+		}
+	})
+}
+
+// TestDirectoryNamedLikeAMemo proves that what people put into a directory is not removed.
+func TestDirectoryNamedLikeAMemo(t *testing.T) {
+	r := open(t, t.TempDir())
+	dir := r.json(key)
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "file"), nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	r.store.Close()
+	err := disk.Verify(t.Context(), disk.VerifyConfig{
+		Config: disk.Config{Dir: r.dir, Verifier: artifact.NewVerifier(artifact.DefaultLimits), Log: discard},
+		Repair: true,
+		Report: func(*disk.Finding) {},
+	})
+	kept, _ := filepath.Glob(r.path(".polykit-cache/quarantine/*/file"))
+	if err != nil || exists(t, dir) || len(kept) != 1 {
+		t.Errorf("Verify returned %v; in the quarantine are %v", err, kept)
+	}
+}

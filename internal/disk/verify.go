@@ -33,7 +33,8 @@ type VerifyConfig struct {
 }
 
 // Verify looks at what is stored in a directory, which a server may use meanwhile if nothing is to be
-// repaired. What is wrong is reported; an error says what could not be looked at.
+// repaired. What is wrong is reported, and what could not be looked at; an error says that the
+// directory could not be used at all.
 func Verify(ctx context.Context, config VerifyConfig) error {
 	if stat, err := os.Stat(config.Dir); err != nil {
 		return err
@@ -56,30 +57,27 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 	}
 	if config.Begin != nil {
 		artifacts, bytes := 0, int64(0)
-		err := s.entries(config.Keys, func(e shardEntry) error {
+		s.entries(config.Keys, func(e shardEntry) bool {
 			if e.kind == entryArtifact {
 				artifacts++
 				bytes += e.size
 			}
-			return ctx.Err()
+			return ctx.Err() == nil
 		})
-		if err != nil {
-			return err
-		}
 		config.Begin(artifacts, bytes)
 	}
 
-	a := &auditor{store: s, repair: config.Repair, inspect: s.verifier.Inspect, rate: rate.NewLimiter(rate.Inf, scrubBurst)}
+	a := &auditor{store: s, repair: config.Repair, rate: rate.NewLimiter(rate.Inf, scrubBurst)}
 	var reporting sync.Mutex
-	audits, auditing := errgroup.WithContext(ctx)
-	audits.SetLimit(runtime.GOMAXPROCS(0))
-	walked := s.entries(config.Keys, func(e shardEntry) error {
+	var audits errgroup.Group
+	audits.SetLimit(min(runtime.GOMAXPROCS(0), s.verifier.Slots()))
+	s.entries(config.Keys, func(e shardEntry) bool {
 		audits.Go(func() error {
-			finding, err := a.audit(auditing, e)
+			finding, err := a.audit(ctx, e)
 			if err != nil {
-				return fmt.Errorf("%s: %w", e.path, err)
+				finding = &Finding{Path: e.path, Key: e.key, Size: e.size, State: StateUnread, Problem: err}
 			}
-			if finding == nil {
+			if finding == nil || ctx.Err() != nil {
 				return nil
 			}
 			reporting.Lock()
@@ -87,67 +85,61 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 			config.Report(finding)
 			return nil
 		})
-		return auditing.Err()
+		return ctx.Err() == nil
 	})
-	err := audits.Wait() // which says why the walk was ended, if it was
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	return cmp.Or(err, walked)
+	audits.Wait()
+	return ctx.Err()
 }
 
 // entries visits everything in the storage directory, or just the artifacts of some keys, until visit
-// returns an error.
-func (s *Store) entries(keys []artifact.Key, visit func(shardEntry) error) error {
+// returns false. What can't be read is visited as such.
+func (s *Store) entries(keys []artifact.Key, visit func(shardEntry) bool) {
 	for _, key := range keys {
 		e := shardEntry{key: key, path: filepath.Join(shard(key), filepath.Base(s.artifactPath(key))), kind: entryMissing}
 		switch stat, err := os.Lstat(s.artifactPath(key)); {
 		case err == nil:
 			e.size, e.kind = stat.Size(), entryArtifact
-		case !errors.Is(err, fs.ErrNotExist):
-			return err
+		case !errors.Is(err, fs.ErrNotExist) && !noDir(err):
+			e.kind, e.problem = entryUnread, err
 		}
-		if err := visit(e); err != nil {
-			return err
+		if !visit(e) {
+			return
 		}
 	}
 	if len(keys) > 0 {
-		return nil
+		return
 	}
-	outers, err := s.visitForeign("", visit)
-	if err != nil {
-		return err
-	}
+	outers, more := s.visitBeside("", visit)
 	for _, outer := range outers {
-		shards, err := s.visitForeign(outer, visit)
-		if err != nil {
-			return err
+		if !more {
+			return
 		}
+		var shards []string
+		shards, more = s.visitBeside(outer, visit)
 		for _, shard := range shards {
 			entries, err := s.readShard(shard)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
+				entries = append(entries, shardEntry{path: shard, kind: entryUnread, problem: err})
 			}
 			for _, e := range entries {
-				if err := visit(e); err != nil {
-					return err
+				if more = more && visit(e); !more {
+					return
 				}
 			}
 		}
 	}
-	return nil
 }
 
-// visitForeign visits what stands beside shards, and returns these.
-func (s *Store) visitForeign(outer string, visit func(shardEntry) error) (shards []string, err error) {
+// visitBeside visits what stands beside shards, and returns these and whether to go on.
+func (s *Store) visitBeside(outer string, visit func(shardEntry) bool) (shards []string, more bool) {
 	shards, foreign, err := s.shardsIn(outer)
-	if errors.Is(err, fs.ErrNotExist) && outer != "" {
-		return nil, nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !visit(shardEntry{path: cmp.Or(outer, "."), kind: entryUnread, problem: err}) {
+		return nil, false
 	}
 	for _, path := range foreign {
-		if err == nil {
-			err = visit(shardEntry{path: path, kind: entryForeign})
+		if !visit(shardEntry{path: path, kind: entryForeign}) {
+			return nil, false
 		}
 	}
-	return shards, err
+	return shards, true
 }
