@@ -85,8 +85,8 @@ func newCapacity(limits Limits) *capacity {
 // the caller must call when it is done.
 //
 // While half of the places are free, whoever comes gets one at once. The other half is for those of whose
-// artifacts the first bytes are there: clients that send a byte now and then, however many, can't take
-// the places of those that send.
+// artifacts the first bytes are there: clients that send less can't take the places of those that send.
+// If r holds more than it was asked for, it must have a method Buffered, as of bufio.Reader, to say so.
 func (v *Verifier) Admit(ctx context.Context, r io.Reader) (io.Reader, func(), error) {
 	c := v.capacity
 	if len(c.slots) < cap(c.slots)/2 {
@@ -100,18 +100,27 @@ func (v *Verifier) Admit(ctx context.Context, r io.Reader) (io.Reader, func(), e
 		return nil, nil, c.full() // which is known before anything is read
 	}
 	if !c.extra.TryAcquire(aheadSize) {
-		return nil, nil, fmt.Errorf("%w: so many have begun to come that there is no memory for one more", ErrBusy)
+		return nil, nil, c.crowded()
 	}
+	held := int64(aheadSize)
 	a := &ahead{r: r}
 	a.read()
+	if r, ok := r.(interface{ Buffered() int }); ok {
+		more := int64(r.Buffered())
+		if !c.extra.TryAcquire(more) {
+			c.extra.Release(held)
+			return nil, nil, c.crowded()
+		}
+		held += more
+	}
 	release, err := v.admit(ctx)
 	if err != nil {
-		c.extra.Release(aheadSize)
+		c.extra.Release(held)
 		return nil, nil, err
 	}
 	return a, func() {
 		release()
-		c.extra.Release(aheadSize)
+		c.extra.Release(held)
 	}, nil
 }
 
@@ -142,6 +151,10 @@ func (v *Verifier) admit(ctx context.Context) (release func(), err error) {
 
 func (c *capacity) full() error {
 	return fmt.Errorf("%w: %d are, and %d more wait for them", ErrBusy, cap(c.slots), c.queue)
+}
+
+func (c *capacity) crowded() error {
+	return fmt.Errorf("%w: so many have begun to come that there is no memory for one more", ErrBusy)
 }
 
 // ahead is a reader of which the beginning was read ahead.

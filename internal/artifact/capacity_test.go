@@ -270,3 +270,55 @@ func TestSilentOnesTakeHalf(t *testing.T) {
 		release()
 	})
 }
+
+// message is a reader that holds more than it was asked for.
+type message struct{ io.Reader }
+
+func (m message) Buffered() int { return 4 << 20 }
+
+// TestWaitingTakeMemory has artifacts that wait and of which much is there already. The memory for that is
+// bounded, whatever the queue.
+func TestWaitingTakeMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limits := artifact.DefaultLimits
+		limits.ManifestSize = 1 << 20
+		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 1000, QueueTimeout: time.Second}
+		v := artifact.NewVerifier(limits)
+		for range 3 { // of whom some have taken all places, and some wait
+			var releases []func()
+			for range 4 {
+				_, release, err := v.Admit(t.Context(), strings.NewReader(""))
+				if err != nil {
+					t.Fatal(err)
+				}
+				releases = append(releases, release)
+			}
+			waiting, crowded, gone := 0, 0, make(chan error, 100)
+			for range 100 {
+				go func() {
+					_, _, err := v.Admit(t.Context(), message{strings.NewReader("")})
+					gone <- err
+				}()
+			}
+			synctest.Wait()
+			for range len(gone) {
+				if err := <-gone; !errors.Is(err, artifact.ErrBusy) || !strings.Contains(err.Error(), "no memory") {
+					t.Errorf("one could not wait: %v", err)
+				}
+				crowded++
+			}
+			waiting = 100 - crowded
+			if waiting != 8 { // of 36 MiB, less what the four hold
+				t.Errorf("%d wait, and for %d there is no memory; want 8", waiting, crowded)
+			}
+			for range waiting {
+				if err := <-gone; !errors.Is(err, artifact.ErrBusy) {
+					t.Errorf("one that waited: %v", err)
+				}
+			}
+			for _, release := range releases {
+				release()
+			}
+		}
+	})
+}

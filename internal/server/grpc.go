@@ -148,6 +148,9 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// Buffered is how many bytes are there that were not read yet.
+func (c *chunkReader) Buffered() int { return len(c.chunk) }
+
 func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, stream grpc.ServerStreamingServer[cachev1.GetArtifactResponse]) error {
 	key, err := a.key(request.GetCacheKey())
 	if err != nil {

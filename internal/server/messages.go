@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 )
 
 const (
@@ -53,8 +55,10 @@ func readByMessage(r *http.Request, pace *pace) *http.Request {
 		closed:     make(chan struct{}),
 	}
 	m.close = sync.OnceFunc(func() { close(m.closed) })
-	for range messagesAhead {
-		m.want()
+	if r.URL.Path != cachev1.ArtifactService_PutArtifact_FullMethodName { // which asks for each message
+		for range messagesAhead {
+			m.want()
+		}
 	}
 	r = r.WithContext(context.WithValue(r.Context(), messagesKey{}, m))
 	r.Body = m

@@ -10,6 +10,8 @@ import (
 	"testing/iotest"
 	"testing/synctest"
 	"time"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 )
 
 // grpcMessage returns a message of gRPC over HTTP/2 with length bytes of content.
@@ -51,6 +53,25 @@ func TestMessagesAreReadWhenWanted(t *testing.T) {
 			synctest.Wait()
 			if read := body.Size() - int64(body.Len()); read != int64(want*(messagePrefix+length)) {
 				t.Fatalf("read %d bytes; want the %d of %d messages", read, want*(messagePrefix+length), want)
+			}
+			r.Body.(*messages).want()
+		}
+		r.Body.Close()
+	})
+}
+
+// TestUploadIsNotReadAhead proves that an upload which waits for others holds no chunks but the one
+// that was asked for.
+func TestUploadIsNotReadAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		body := bytes.NewReader(bytes.Repeat(grpcMessage(1000), 3))
+		pace := newPace(time.Hour, 1, func(time.Time) error { return nil })
+		r := readByMessage(httptest.NewRequest("POST", cachev1.ArtifactService_PutArtifact_FullMethodName, body), pace)
+		readInBuffers(r.Body)
+		for asked := range 3 {
+			synctest.Wait()
+			if read, want := body.Size()-int64(body.Len()), int64(asked*(messagePrefix+1000)); read != want {
+				t.Errorf("read %d bytes; want the %d of %d messages", read, want, asked)
 			}
 			r.Body.(*messages).want()
 		}
