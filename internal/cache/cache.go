@@ -32,7 +32,8 @@ import (
 )
 
 // The faults that callers tell apart, with errors.Is. An unsound artifact is an
-// *artifact.UnsoundError, a bad key an artifact.ErrInvalidKey, too many at once artifact.ErrBusy. Any other error is the server's own.
+// *artifact.UnsoundError, a bad key an artifact.ErrInvalidKey, too many at once artifact.ErrBusy. Any
+// other error is the server's own.
 var (
 	// ErrNotFound is a miss: no sound artifact is stored under the key.
 	ErrNotFound = errors.New("artifact not found")
@@ -59,8 +60,9 @@ const UnknownSize = -1
 // ErrNoSpace or ErrOverloaded where these fit; any other error is trouble in the store.
 type Store interface {
 	// Create begins an upload of size bytes, or of UnknownSize, that nobody can see before its
-	// Commit. It returns ErrExists if an artifact is stored under the key, and ErrNoSpace if it
-	// knows that there is no room for it. The caller must call Abort in the end.
+	// Commit. It returns ErrExists if it knows that an artifact is stored under the key, and
+	// ErrNoSpace if it knows that there is no room for it. It does not wait for verifications, since
+	// the upload may be what they wait for. The caller must call Abort in the end.
 	Create(ctx context.Context, key artifact.Key, size int64) (Upload, error)
 
 	// Open returns an artifact's bytes, which stay readable and the same until they are closed even

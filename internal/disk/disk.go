@@ -167,13 +167,13 @@ func (s *Store) memoPath(key artifact.Key) string {
 	return filepath.Join(s.dir, shard(key), key.String()+".json")
 }
 
-// Create implements cache.Store.
-func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache.Upload, error) {
-	switch _, err := s.Stat(ctx, key); {
-	case err == nil:
-		return nil, cache.ErrExists
-	case !errors.Is(err, cache.ErrNotFound):
-		return nil, err
+// Create implements cache.Store. It goes by the memo of what is stored and does not make one, which would
+// wait for other verifications to end, this upload's among them: without a memo it is found by the commit.
+func (s *Store) Create(_ context.Context, key artifact.Key, size int64) (cache.Upload, error) {
+	if stat, err := os.Lstat(s.artifactPath(key)); err == nil && stat.Mode().IsRegular() {
+		if _, err := s.readMemo(key, stat); err == nil {
+			return nil, cache.ErrExists
+		}
 	}
 	size = max(size, 0)
 	if err := s.space.promise(size); err != nil {

@@ -631,12 +631,11 @@ func TestDamaged(t *testing.T) {
 		}, "not a regular file"},
 	}, specialArtifacts...) {
 		for _, first := range append(firstAsks, firstAsk{"Put", func(t *testing.T, r rig) error {
-			upload, err := r.store.Create(t.Context(), key, -1)
-			if err != nil {
-				return err
+			_, err := r.Put(t.Context(), key, -1, strings.NewReader("unsound"))
+			if _, unsound := errors.AsType[*artifact.UnsoundError](err); unsound { // so the key was free
+				return cache.ErrNotFound
 			}
-			upload.Abort()
-			return cache.ErrNotFound
+			return err
 		}}) {
 			for _, memo := range []string{"with its memo", "without its memo"} {
 				if memo == "without its memo" && first.name != "Get" {
@@ -678,6 +677,42 @@ type damagedTest struct {
 	name   string
 	damage func(t *testing.T, path string)
 	reason string // or how it begins
+}
+
+// TestCreateDoesNotVerify begins an upload of an artifact that is stored without a memo, while the upload
+// itself takes all room for verifications: to verify what is stored would be to wait for itself.
+func TestCreateDoesNotVerify(t *testing.T) {
+	r := open(t, t.TempDir())
+	info := r.put(t, key, content)
+	removeAll(t, r.path(jsonName))
+	r.store.Close()
+
+	limits := artifact.DefaultLimits
+	limits.ManifestSize, limits.Files = 1<<20, 1000
+	limits.Memory = limits.LeastMemory() // for one at a time
+	limits.QueueTimeout = time.Nanosecond
+	verifier := artifact.NewVerifier(limits)
+	store, err := disk.Open(disk.Config{Dir: r.dir, Verifier: verifier, Log: discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	_, release, err := verifier.Admit(t.Context(), bytes.NewReader(content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	upload, err := store.Create(t.Context(), key, info.Size)
+	if err != nil {
+		t.Fatal("Create:", err)
+	}
+	defer upload.Abort()
+	if _, err := upload.Write(content); err != nil {
+		t.Fatal("Write:", err)
+	}
+	if _, err := upload.Commit(t.Context(), info); !errors.Is(err, cache.ErrExists) {
+		t.Errorf("Commit returned %v, want %v", err, cache.ErrExists)
+	}
 }
 
 // TestCutShortBeforeCommit writes to an upload's file what a file system that loses bytes would leave.

@@ -560,7 +560,7 @@ func TestVerifyWaitsForMemory(t *testing.T) {
 		r.put(t, key, cachetest.Random(key, 1<<20))
 	}
 	limits := artifact.DefaultLimits
-	limits.Window = 256 << 20
+	limits.Window = 256 << 20 // which outweighs all else
 	limits.QueueTimeout = time.Nanosecond
 	limits.Memory = limits.LeastMemory() // for one at a time
 	found := 0

@@ -28,8 +28,8 @@ const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
 	"Connection: close\r\n\r\n" +
 	`{"error":"The server has too many connections: try again in a bit"}`
 
-// limitedListener accepts up to a number of connections, refuses more, and closes idle ones. It leaves connections as
-// they are, since net/http sends files only over the operating system's own.
+// limitedListener accepts up to a number of connections, refuses more, and closes idle ones. It leaves
+// connections as they are, since net/http sends files only over the operating system's own.
 type limitedListener struct {
 	net.Listener
 	most     int64
