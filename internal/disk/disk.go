@@ -92,7 +92,7 @@ func Open(config Config) (*Store, error) {
 	if err := os.MkdirAll(filepath.Join(dir, tmpDir), 0o755); err != nil {
 		return nil, err
 	}
-	lock := flock.New(filepath.Join(dir, lockName))
+	lock := flock.New(filepath.Join(dir, lockName), flock.SetPermissions(0o644)) // also for a server of another user to come
 	locked, err := lock.TryLock()
 	if err != nil {
 		return nil, fmt.Errorf("lock storage directory %s: %w", dir, err)
