@@ -277,7 +277,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		return nil, err
 	}
 	f.Size = stat.Size()
-	known, lack := s.readMemo(f.Key, stat)
+	known, synced, lack := a.memo(f.Key, stat)
 
 	_, info, err := s.verifier.InspectNow(ctx, a.read(ctx, file), f.Key)
 	if ctx.Err() != nil {
@@ -294,13 +294,16 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 	}
 	info.StoredAt = stat.ModTime()
 	if lack != nil { // a server may just have written it, behind the artifact
-		known, lack = s.readMemo(f.Key, stat)
+		known, synced, lack = a.memo(f.Key, stat)
 	}
 	if lack == nil && known.Hash != info.Hash {
 		return a.damaged(f, stat, hashDiffers(info.Hash, known.Hash))
 	}
 	f.State = StateSound
 	if lack == nil && known == info {
+		if a.repair && !synced {
+			return f, s.writeMemo(info, file.Sync() == nil)
+		}
 		return f, nil
 	}
 	if !errors.Is(lack, errForeignMemo) { // which is as it should be
@@ -316,6 +319,15 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		f.Repaired = f.State == StateMemo
 	}
 	return f, nil
+}
+
+// memo is readMemo that also says whether the artifact was synced when its memo was written.
+func (a *auditor) memo(key artifact.Key, stat fs.FileInfo) (known artifact.Info, synced bool, lack error) {
+	m, lack := a.store.loadMemo(key)
+	if lack == nil {
+		known, lack = m.info(key, stat)
+	}
+	return known, m.Boot == "", lack
 }
 
 // unverified is about an artifact over the limits, which may be what it was all the same.

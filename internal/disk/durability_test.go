@@ -1,10 +1,12 @@
 package disk_test
 
 import (
-	"bytes"
 	"encoding/json"
 	"os"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/disk"
 )
@@ -47,7 +49,7 @@ func TestNotSynced(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		write(t, r.path(jsonName), bytes.Replace(text, []byte(boot), []byte("another run"), 1))
+		write(t, r.path(jsonName), []byte(sealed(strings.Replace(string(text), boot, "another run", 1))))
 	}
 	anotherRun()
 	r.serves(t, key, content)
@@ -75,8 +77,26 @@ func TestNotSynced(t *testing.T) {
 	if err := os.Chtimes(r.path(zstName), stat.ModTime(), stat.ModTime()); err != nil {
 		t.Fatal(err)
 	}
-	write(t, r.path(jsonName), bytes.Replace(text, []byte("{"), []byte(`{"boot":"another run",`), 1))
+	write(t, r.path(jsonName), []byte(sealed(strings.Replace(string(text), `"uncompressed_size"`, `"boot":"another run","uncompressed_size"`, 1))))
 	r.lacks(t, key)
+}
+
+// TestScrubSyncs proves that what a scrub found sound survives a power cut from then on.
+func TestScrubSyncs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := openWith(t, disk.Config{Dir: t.TempDir(), Durability: disk.DurabilityNone})
+		r.put(t, key, content)
+		r.scrub(t, disk.ScrubConfig{Interval: time.Hour, Rate: 1 << 30})
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if boot := bootOf(t, r.path(jsonName)); boot != "" {
+			t.Errorf("the memo holds only in the run %q", boot)
+		}
+		r.serves(t, key, content)
+		if n := r.log.inspections(); n != 0 {
+			t.Errorf("%d inspections, want none", n)
+		}
+	})
 }
 
 func TestSyncedMemoHoldsInEveryRun(t *testing.T) {

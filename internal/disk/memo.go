@@ -64,23 +64,36 @@ func (m memo) sum() string {
 // readMemo returns what the memo of the artifact whose file stat describes says, or why it can't be
 // gone by.
 func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
-	var none artifact.Info
+	m, err := s.loadMemo(key)
+	if err != nil {
+		return artifact.Info{}, err
+	}
+	return m.info(key, stat)
+}
+
+// loadMemo reads the memo of an artifact.
+func (s *Store) loadMemo(key artifact.Key) (m memo, err error) {
 	file, err := os.OpenFile(s.memoPath(key), os.O_RDONLY|openFlags, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return none, errors.New("missing")
+		return m, errors.New("missing")
 	}
 	if err != nil {
-		return none, err
+		return m, err
 	}
 	text, err := io.ReadAll(io.LimitReader(file, maxMemoSize))
 	file.Close()
 	if err != nil {
-		return none, err
+		return m, err
 	}
-	var m memo
 	if err := json.Unmarshal(text, &m); err != nil {
-		return none, fmt.Errorf("torn: %w", err)
+		return m, fmt.Errorf("torn: %w", err)
 	}
+	return m, nil
+}
+
+// info returns what the memo says of the artifact whose file stat describes, or why it can't be gone by.
+func (m memo) info(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
+	var none artifact.Info
 	hash, err := artifact.ParseDigest(m.Hash)
 	switch {
 	case err != nil:
