@@ -84,7 +84,7 @@ func putOf(key artifact.Key, size int) string {
 
 // TestFewDescriptors has a crowd at a server that may have 256 files and connections open.
 func TestFewDescriptors(t *testing.T) {
-	p := startLimited(t, 256, t.TempDir(), "--queue-timeout=1h")
+	p := startLimited(t, 256, t.TempDir(), "--queue-timeout=1h", "--stall-timeout=2h")
 	stored := cachetest.Key("stored")
 	content := cachetest.Random(stored, 8<<20) // more than sockets buffer
 	first := join(t, p.address)

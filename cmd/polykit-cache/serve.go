@@ -142,6 +142,9 @@ func (c *serveConfig) complete() error {
 	if c.scrub.Interval > longest {
 		return usageError("--scrub-interval is %v; it must be at most %v", c.scrub.Interval, longest)
 	}
+	if c.limits.capacity.QueueTimeout >= c.server.StallTimeout {
+		return usageError("--queue-timeout is %v; it must be less than --stall-timeout, %v, for an upload that waits can keep others on its connection waiting", c.limits.capacity.QueueTimeout, c.server.StallTimeout)
+	}
 	c.scrub.Rate = int64(c.scrubRate)
 	if c.server.MaxConnections == 0 {
 		c.server.MaxConnections = max(1, min(server.DefaultConfig.MaxConnections, (maxDescriptors()-ownDescriptors)/2))
