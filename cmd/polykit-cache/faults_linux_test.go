@@ -490,7 +490,17 @@ func TestFaults(t *testing.T) {
 			outer := t // whose end the servers live to
 			eachFault(t, steps, places, func(t *testing.T, place int, f fault) {
 				key, n, request := begin(t)
-				outcome := inject(t, r.traced, n, calls, place, f.name, request)
+				outcome, missed := inject(t, r.traced, n, calls, place, f.name, request)
+				// strace does not always see the first call of a thread behind which it was attached anew.
+				for try := 1; missed != nil && try < 3; try++ {
+					t.Logf("once more, since %v", missed)
+					is(t, "without the fault", outcome, test.unfailed)
+					key, n, request = begin(t)
+					outcome, missed = inject(t, r.traced, n, calls, place, f.name, request)
+				}
+				if missed != nil {
+					t.Error(missed)
+				}
 				after := []string{test.after}
 				switch {
 				case f.name == "kill":
@@ -644,7 +654,10 @@ func TestStartFaults(t *testing.T) {
 
 			eachFault(t, steps, places, func(t *testing.T, place int, f fault) {
 				r, n, request := begin(t)
-				outcome := inject(t, r.traced, n, calls, place, f.name, request)
+				outcome, missed := inject(t, r.traced, n, calls, place, f.name, request)
+				if missed != nil {
+					t.Error(missed)
+				}
 				switch {
 				case f.name == "kill":
 				case f.outcome == "listening":

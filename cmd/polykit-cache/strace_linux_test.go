@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -352,14 +353,15 @@ func watch(t *testing.T, p *traced, n *names, request func() string) (string, []
 }
 
 // inject lets the call calls[i] of a request, which makes them in this order, meet a fault, and returns
-// the outcome. It fails the test if the request ended without this call. The fault is
+// the outcome, and an error if the call did not meet it. It fails the test if the request ended without
+// this call. The fault is
 //
 //	ENOSPC …	for the call to fail
 //	ENOSPC+ …	for the call and all later ones to fail, as far as they are among pathCalls
 //	short	for a write of one byte only that says so, but does nothing
 //	none	for a result of 0 that does nothing
 //	kill	for the server to be killed before the call
-func inject(t *testing.T, p *traced, n *names, calls []call, i int, fault string, request func() string) (outcome string) {
+func inject(t *testing.T, p *traced, n *names, calls []call, i int, fault string, request func() string) (outcome string, missed error) {
 	t.Helper()
 	target, earlier := calls[i], calls[:i]
 	answer := make(chan string, 1)
@@ -473,14 +475,14 @@ func inject(t *testing.T, p *traced, n *names, calls []call, i int, fault string
 		}
 	case everything:
 		if len(injected) == 0 {
-			t.Error("nothing failed")
+			missed = errors.New("nothing failed")
 		}
 	case !slices.Equal(injected, []string{target.String()}):
 		var lines strings.Builder
 		for _, e := range happened {
 			fmt.Fprintln(&lines, e.line)
 		}
-		t.Errorf("what failed is %q, want %s; strace says\n%s", injected, target, &lines)
+		missed = fmt.Errorf("what failed is %q, want %s; strace says\n%s", injected, target, &lines)
 	}
-	return outcome
+	return outcome, missed
 }
