@@ -72,8 +72,12 @@ func (f *Finding) Wrong() bool {
 	}
 }
 
-// busyPause is how long an audit waits when there is no memory for an artifact.
-const busyPause = time.Second
+const (
+	// busyPause is how long an audit waits when there is no memory for an artifact.
+	busyPause = time.Second
+	// memoPause is how long the audit of a new artifact waits for its memo.
+	memoPause = time.Second
+)
 
 // auditor looks at what is stored.
 type auditor struct {
@@ -293,7 +297,11 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		return a.damaged(f, stat, err)
 	}
 	info.StoredAt = stat.ModTime()
-	if lack != nil { // a server may just have written it, behind the artifact
+	if lack != nil {
+		// A server writes it behind the artifact, and may be about to.
+		if !a.repair && time.Since(stat.ModTime()) < time.Minute && !sleep(ctx, memoPause) {
+			return nil, ctx.Err()
+		}
 		known, synced, lack = a.memo(f.Key, stat)
 	}
 	if lack == nil && known.Hash != info.Hash {

@@ -551,6 +551,29 @@ func TestScrubIsStopped(t *testing.T) {
 	})
 }
 
+// TestVerifyBesideUpload verifies an artifact that a server has linked, and whose memo it writes only now.
+func TestVerifyBesideUpload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := open(t, t.TempDir())
+		r.put(t, key, content)
+		memo := read(t, r.json(key))
+		removeAll(t, r.json(key))
+		var found []disk.State
+		done := make(chan error)
+		go func() {
+			done <- disk.Verify(t.Context(), disk.VerifyConfig{
+				Config: disk.Config{Dir: r.dir, Verifier: artifact.NewVerifier(artifact.DefaultLimits), Log: discard},
+				Report: func(f *disk.Finding) { found = append(found, f.State) },
+			})
+		}()
+		synctest.Wait()
+		write(t, r.json(key), memo)
+		if err := <-done; err != nil || !slices.Equal(found, []disk.State{disk.StateSound}) {
+			t.Errorf("Verify found %v and returned %v", found, err)
+		}
+	})
+}
+
 // TestVerifyWaitsForMemory proves that the audits of a verification do not fail for the memory that
 // others of them take.
 func TestVerifyWaitsForMemory(t *testing.T) {
