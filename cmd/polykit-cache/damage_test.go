@@ -671,3 +671,16 @@ func TestUnreadable(t *testing.T) {
 		}
 	}
 }
+
+// TestMendedDirectoryKeepsItsBits takes permissions from a directory of which the group is inherited.
+func TestMendedDirectoryKeepsItsBits(t *testing.T) {
+	u := startUnprivileged(t)
+	tmp := filepath.Join(u.dir, "tmp")
+	check(t, os.Chmod(tmp, fs.ModeSetgid|fs.ModeSticky|0o555))
+	asks[2].wantStatus(t, u.url, artifactOf(t, u.dir, "aaaa"), 201, "then")
+	stat, err := os.Stat(tmp)
+	check(t, err)
+	if got, want := stat.Mode(), fs.ModeDir|fs.ModeSetgid|fs.ModeSticky|0o755; got != want {
+		t.Errorf("the directory has %v; want %v", got, want)
+	}
+}

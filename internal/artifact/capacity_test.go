@@ -284,7 +284,7 @@ func TestWaitingTakeMemory(t *testing.T) {
 		limits.ManifestSize = 1 << 20
 		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 1000, QueueTimeout: time.Second}
 		v := artifact.NewVerifier(limits)
-		for range 3 { // of whom some have taken all places, and some wait
+		for range 10 { // four have taken all places, and others wait; all must be given back
 			var releases []func()
 			for range 4 {
 				_, release, err := v.Admit(t.Context(), strings.NewReader(""))

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -597,6 +598,76 @@ func TestVerifyWaitsForMemory(t *testing.T) {
 	})
 	if found != 4 || err != nil {
 		t.Errorf("Verify reported %d sound artifacts and returned %v; want 4 and nil", found, err)
+	}
+}
+
+// reserve is a reader that takes memory for verifications.
+type reserve struct{ size int64 }
+
+func (r reserve) Read([]byte) (int, error) { return 0, io.EOF }
+func (r reserve) Buffered() int            { return int(r.size) }
+
+// TestAuditWaitsForMemory has an artifact with so many names that it takes memory which there is not now.
+func TestAuditWaitsForMemory(t *testing.T) {
+	files := map[string]string{}
+	for i := range 500 {
+		files[fmt.Sprintf("%d%s", i, strings.Repeat("/long", 800))] = ""
+	}
+	for name, audit := range map[string]func(context.Context, rig, *artifact.Verifier) error{
+		"verify": func(ctx context.Context, r rig, v *artifact.Verifier) error {
+			found := ""
+			err := disk.Verify(ctx, disk.VerifyConfig{
+				Config: disk.Config{Dir: r.dir, Verifier: v, Log: discard},
+				Report: func(f *disk.Finding) { found += string(f.State) },
+			})
+			if err == nil && found != "sound" {
+				err = errors.New("found " + found)
+			}
+			return err
+		},
+		"scrub": func(ctx context.Context, r rig, v *artifact.Verifier) error {
+			r.store.Close()
+			log := new(logbook)
+			store, err := disk.Open(disk.Config{Dir: r.dir, Verifier: v, Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				return err
+			}
+			defer store.Close()
+			ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+			defer cancel()
+			store.Scrub(ctx, disk.ScrubConfig{Interval: time.Nanosecond, Rate: 1 << 30})
+			if text := log.String(); !strings.Contains(text, "scrubbed everything that is stored") || strings.Contains(text, "ERROR") {
+				return errors.New(text)
+			}
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := open(t, t.TempDir())
+				r.put(t, key, cachetest.Sound(key, files))
+				limits := artifact.DefaultLimits
+				limits.Window = 512 << 20
+				limits.Memory = limits.LeastMemory()
+				verifier := artifact.NewVerifier(limits)
+				_, release, err := verifier.Admit(t.Context(), reserve{limits.Memory/2 - 1<<20})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ended := make(chan error, 1)
+				go func() { ended <- audit(t.Context(), r, verifier) }()
+				time.Sleep(10 * time.Second)
+				select {
+				case err := <-ended:
+					t.Fatal("without memory:", err)
+				default:
+				}
+				release()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		})
 	}
 }
 
