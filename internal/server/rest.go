@@ -108,7 +108,8 @@ func inBytes(r *http.Request, size int64) *http.Request {
 	unit, set, _ := strings.Cut(asked, "=")
 	ranges := strings.Split(set, ",")
 	for i, part := range ranges {
-		if part = strings.TrimSpace(part); strings.HasPrefix(part, "-0") && strings.Trim(part[1:], "0") == "" {
+		first, last, _ := strings.Cut(part, "-")
+		if n, err := strconv.Atoi(strings.TrimSpace(last)); err == nil && n == 0 && strings.TrimSpace(first) == "" {
 			ranges[i] = fmt.Sprintf("%d-", size) // which there is not either
 		}
 	}
