@@ -45,9 +45,23 @@ type GRPC struct {
 	health    healthpb.HealthClient
 }
 
-// NewGRPC returns a client of the server at a URL of ParseServer: over TLS if it begins with
-// https://, and with Basic authentication if it has a name and password. It must not have a path.
+// NewGRPC returns a client of the server at a URL of ParseServer, as DialGRPC connects to it.
 func NewGRPC(server *url.URL) (*GRPC, error) {
+	conn, err := DialGRPC(server)
+	if err != nil {
+		return nil, err
+	}
+	return &GRPC{
+		name:      serverName(server),
+		conn:      conn,
+		artifacts: cachev1.NewArtifactServiceClient(conn),
+		health:    healthpb.NewHealthClient(conn),
+	}, nil
+}
+
+// DialGRPC returns a connection to the server at a URL of ParseServer: over TLS if it begins with
+// https://, and with Basic authentication if it has a name and password. It must not have a path.
+func DialGRPC(server *url.URL, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if strings.Trim(server.Path, "/") != "" {
 		return nil, errors.New("the URL of a server has no path over gRPC: give http://host:port or https://host:port")
 	}
@@ -58,25 +72,16 @@ func NewGRPC(server *url.URL) (*GRPC, error) {
 	if server.Port() != "" {
 		port = server.Port()
 	}
-	options := []grpc.DialOption{
+	options = append([]grpc.DialOption{
 		grpc.WithTransportCredentials(secure),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: connectTimeout}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerSize)),
-	}
+	}, options...)
 	if server.User != nil {
 		password, _ := server.User.Password()
 		options = append(options, grpc.WithPerRPCCredentials(basic{server.User.Username(), password}))
 	}
-	conn, err := grpc.NewClient(net.JoinHostPort(server.Hostname(), port), options...)
-	if err != nil {
-		return nil, err
-	}
-	return &GRPC{
-		name:      serverName(server),
-		conn:      conn,
-		artifacts: cachev1.NewArtifactServiceClient(conn),
-		health:    healthpb.NewHealthClient(conn),
-	}, nil
+	return grpc.NewClient(net.JoinHostPort(server.Hostname(), port), options...)
 }
 
 // Close closes the connection.
