@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 	"internal/cachetest":   {"internal/artifact", "internal/cache"},
 	"internal/server":      {"internal/artifact", "internal/cache", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 	"internal/client":      {"internal/artifact", "gen/polykit/cache/v1", "google.golang.org/grpc"},
+	"internal/load":        {"internal/artifact", "internal/client", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 }
 
 // TestImports pins that imports point one way.

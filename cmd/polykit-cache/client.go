@@ -23,7 +23,7 @@ import (
 // clientCommands returns the commands that do not serve.
 func clientCommands() []*cobra.Command {
 	commands := []*cobra.Command{
-		putCommand(), getCommand(), statCommand(), filesCommand(), packCommand(), healthcheckCommand(),
+		putCommand(), getCommand(), statCommand(), filesCommand(), packCommand(), healthcheckCommand(), benchCommand(),
 	}
 	for _, cmd := range commands {
 		cmd.Flags().SortFlags = false

@@ -33,6 +33,7 @@ func TestScripts(t *testing.T) {
 		env         []string
 	}{
 		{"pack", "testdata/script/pack.txtar", nil},
+		{"bench", "testdata/script/bench.txtar", nil},
 		{"server", "testdata/script/server_*.txtar", nil},
 		{"rest", "testdata/script/client_*.txtar", nil},
 		{"grpc", "testdata/script/client_*.txtar", []string{"POLYKIT_CACHE_GRPC=true"}},

@@ -1,0 +1,250 @@
+// Package load loads a server with requests and measures how it answers. It is made to cost little
+// beside the server: requests are made beforehand as far as can be, artifacts differ in a few bytes only,
+// and what comes is counted and thrown away. What it costs all the same, a Result says.
+package load
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/url"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+)
+
+// Operation is what the clients do.
+type Operation string
+
+const (
+	// Put uploads artifacts, each under a key of its own.
+	Put Operation = "put"
+	// Get downloads artifacts that were uploaded before.
+	Get Operation = "get"
+	// Head asks what is known of them: HEAD over REST, StatArtifact over gRPC.
+	Head Operation = "head"
+	// Miss asks for artifacts that are not there.
+	Miss Operation = "miss"
+	// Mixed is what a build does: of 20 operations 12 are Get, 4 Miss, 2 Head, 2 Put.
+	Mixed Operation = "mixed"
+)
+
+// Operations are all there are.
+var Operations = []Operation{Put, Get, Head, Miss, Mixed}
+
+// mix is what Mixed does, one as often as another.
+var mix = slices.Concat(slices.Repeat([]Operation{Get}, 12), slices.Repeat([]Operation{Miss}, 4), slices.Repeat([]Operation{Head}, 2), slices.Repeat([]Operation{Put}, 2))
+
+// Config says what to load a server with.
+type Config struct {
+	// Server is the URL of a client.ParseServer.
+	Server *url.URL
+	// GRPC speaks gRPC, all clients over one connection, instead of REST, each over its own.
+	GRPC      bool
+	Operation Operation
+	// Size is the bytes of all files in an artifact, before they are compressed.
+	Size int64
+	// Compressible makes files that are compressed to about a third. Others are not at all.
+	Compressible bool
+	// Artifacts is from how many Get and Head choose, at random. They are uploaded beforehand.
+	Artifacts int
+	// Clients is how many operations are in flight at once.
+	Clients int
+	// Duration is how long operations are begun.
+	Duration time.Duration
+	// KeepAlive uses a connection for more than one request.
+	KeepAlive bool
+}
+
+// Result is what was measured.
+type Result struct {
+	Operations int64         // that succeeded
+	Errors     int64         // that did not
+	Sent       int64         // bytes of artifacts
+	Received   int64         // bytes of artifacts; over gRPC of the messages they are in
+	Elapsed    time.Duration // until the last operation ended
+	// Latency is of those that succeeded, in nanoseconds, to three digits.
+	Latency *hdrhistogram.Histogram
+	// CPU is what this process took meanwhile, of all processors together, 0 if that is not known.
+	CPU time.Duration
+	// Problems are the first errors, each once.
+	Problems []error
+}
+
+const (
+	longest     = int64(time.Hour) // that Latency tells from longer ones
+	maxProblems = 3
+)
+
+// conn is a client of a server.
+type conn interface {
+	put(ctx context.Context, key artifact.Key, head, rest []byte) error
+	get(ctx context.Context, key artifact.Key) (received int64, err error)
+	head(ctx context.Context, key artifact.Key) error
+	miss(ctx context.Context, key artifact.Key) error
+	close()
+}
+
+// run is one load.
+type run struct {
+	config Config
+	maker  *maker
+	next   atomic.Int64 // number of a key that was not used
+}
+
+// Run loads a server. An error says that it could not; errors of the operations are in the Result.
+func Run(ctx context.Context, config Config) (*Result, error) {
+	maker, err := newMaker(config.Size, config.Compressible)
+	if err != nil {
+		return nil, err
+	}
+	r := &run{config: config, maker: maker}
+	conns, err := r.connect()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, conn := range conns {
+			conn.close()
+		}
+	}()
+	if err := r.prepare(ctx, conns); err != nil {
+		return nil, fmt.Errorf("upload what is to be asked for: %w", err)
+	}
+
+	results := make([]*Result, len(conns))
+	cpu, began := ownCPU(), time.Now()
+	var clients sync.WaitGroup
+	for i, conn := range conns {
+		clients.Go(func() { results[i] = r.client(ctx, conn, began.Add(config.Duration)) })
+	}
+	clients.Wait()
+	total := newResult()
+	total.Elapsed, total.CPU = time.Since(began), ownCPU()-cpu
+	for _, result := range results {
+		total.add(result)
+	}
+	return total, ctx.Err()
+}
+
+// connect returns a conn for each client. None is connected yet.
+func (r *run) connect() ([]conn, error) {
+	if r.config.GRPC {
+		shared, err := newGRPC(r.config.Server)
+		if err != nil {
+			return nil, err
+		}
+		return slices.Repeat([]conn{shared}, r.config.Clients), nil
+	}
+	var conns []conn
+	for range r.config.Clients {
+		conns = append(conns, newREST(r.config.Server, r.config.KeepAlive))
+	}
+	return conns, nil
+}
+
+// prepare uploads what Get and Head ask for: the artifacts with the first numbers.
+func (r *run) prepare(ctx context.Context, conns []conn) error {
+	if r.config.Operation == Put || r.config.Operation == Miss {
+		return nil
+	}
+	uploads, ctx := errgroup.WithContext(ctx)
+	for _, conn := range conns {
+		uploads.Go(func() error {
+			for {
+				number := r.next.Add(1) - 1
+				if number >= int64(r.config.Artifacts) {
+					return nil
+				}
+				if _, err := r.put(ctx, conn, number); err != nil {
+					return err
+				}
+			}
+		})
+	}
+	return uploads.Wait()
+}
+
+func (r *run) put(ctx context.Context, conn conn, number int64) (sent int64, err error) {
+	key := r.maker.key(number)
+	head, rest, err := r.maker.artifact(key)
+	if err == nil {
+		err = conn.put(ctx, key, head, rest)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return int64(len(head) + len(rest)), nil
+}
+
+// client begins operations until end, one after the other.
+func (r *run) client(ctx context.Context, conn conn, end time.Time) *Result {
+	result := newResult()
+	for began := time.Now(); began.Before(end) && ctx.Err() == nil; {
+		err := r.do(ctx, conn, result)
+		ended := time.Now()
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
+			result.Errors++
+			result.problem(err)
+		default:
+			result.Operations++
+			result.Latency.RecordValue(min(int64(ended.Sub(began)), longest))
+		}
+		began = ended
+	}
+	return result
+}
+
+func (r *run) do(ctx context.Context, conn conn, result *Result) error {
+	operation := r.config.Operation
+	if operation == Mixed {
+		operation = mix[rand.IntN(len(mix))]
+	}
+	switch operation {
+	case Put:
+		sent, err := r.put(ctx, conn, r.next.Add(1))
+		result.Sent += sent
+		return err
+	case Miss:
+		return conn.miss(ctx, r.maker.key(r.next.Add(1)))
+	case Head:
+		return conn.head(ctx, r.maker.key(rand.Int64N(int64(r.config.Artifacts))))
+	default:
+		received, err := conn.get(ctx, r.maker.key(rand.Int64N(int64(r.config.Artifacts))))
+		result.Received += received
+		return err
+	}
+}
+
+func newResult() *Result {
+	return &Result{Latency: hdrhistogram.New(1, longest, 3)}
+}
+
+// add adds what one client measured.
+func (r *Result) add(one *Result) {
+	r.Operations += one.Operations
+	r.Errors += one.Errors
+	r.Sent += one.Sent
+	r.Received += one.Received
+	r.Latency.Merge(one.Latency)
+	for _, err := range one.Problems {
+		r.problem(err)
+	}
+}
+
+// problem keeps an error, if it is one of the first, and none like it was kept.
+func (r *Result) problem(err error) {
+	same := func(other error) bool { return other.Error() == err.Error() || errors.Is(err, other) }
+	if len(r.Problems) < maxProblems && !slices.ContainsFunc(r.Problems, same) {
+		r.Problems = append(r.Problems, err)
+	}
+}
