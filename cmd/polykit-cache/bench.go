@@ -17,8 +17,8 @@ import (
 	"github.com/polykit/polykit-cache/internal/load"
 )
 
-const benchLong = `bench loads a server with requests for a while, and prints how many it answered and how fast. It
-works with every server that has this REST interface.
+const benchLong = `bench loads a server with requests for a while, and prints how many it answered and how fast.
+It works with every server that has this REST interface.
 
   put    uploads artifacts, each under a key of its own
   get    downloads artifacts, of --artifacts that it uploads first
@@ -26,13 +26,13 @@ works with every server that has this REST interface.
   miss   asks for artifacts that are not there
   mixed  is what a build does: 12 of 20 get, 4 miss, 2 head, 2 put
 
-Artifacts are sound, and made by bench: of files with --size bytes together, which do not compress,
-or with --compressible to about a third. What bench uploads stays on the server, so use one that is
-there for this.
+Artifacts are sound, and made by bench: of files with --size bytes together, which do not
+compress, or with --compressible to about a third. What bench uploads stays on the server, so use
+one that is there for this.
 
 Over REST each client has a connection of its own; over gRPC they share one. Bytes are those of
-artifacts as uploaded. The latency of an operation is the time until its last byte. What bench itself
-costs is the last line: where both run on one machine, that much was not the server's.`
+artifacts as uploaded. The latency of an operation is the time until its last byte. The last line
+is what bench itself costs: where both run on one machine, that much was not the server's.`
 
 const benchExample = `  polykit-cache bench get --size 64MiB --clients 4
   polykit-cache bench put --size 2KiB --clients 16 --duration 30s
