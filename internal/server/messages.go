@@ -79,7 +79,7 @@ func (m *messages) Read(p []byte) (int, error) {
 		select {
 		case <-m.wanted:
 		case <-m.closed:
-			return 0, io.EOF
+			return 0, io.ErrUnexpectedEOF // and not the end, for a handler may still wait for a message
 		}
 		n, err := m.fill(p[:messagePrefix])
 		if n == messagePrefix {

@@ -79,6 +79,18 @@ func TestUploadIsNotReadAhead(t *testing.T) {
 	})
 }
 
+// TestMessagesEndEarly proves that a call which ends while a message is waited for does not look as if
+// the client had sent all.
+func TestMessagesEndEarly(t *testing.T) {
+	body := bytes.NewReader(grpcMessage(1000))
+	pace := newPace(time.Hour, 1, func(time.Time) error { return nil })
+	r := readByMessage(httptest.NewRequest("POST", cachev1.ArtifactService_PutArtifact_FullMethodName, body), pace)
+	r.Body.Close()
+	if n, err := r.Body.Read(make([]byte, 100)); n != 0 || err != io.ErrUnexpectedEOF {
+		t.Errorf("read %d bytes, %v; want %v", n, err, io.ErrUnexpectedEOF)
+	}
+}
+
 // TestMessagesFillBuffers proves that a client which sends a byte at a time does not cost a buffer
 // for each.
 func TestMessagesFillBuffers(t *testing.T) {
