@@ -310,7 +310,9 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 	f.State = StateSound
 	if lack == nil && known == info {
 		if a.repair && !synced {
-			return f, s.writeMemo(info, file.Sync() == nil)
+			if err := s.writeMemo(info, file.Sync() == nil); err != nil {
+				return nil, err
+			}
 		}
 		return f, nil
 	}
