@@ -101,8 +101,9 @@ func (c *restConn) do(ctx context.Context, method string, key artifact.Key, body
 		}
 		c.in.Reset(c.conn)
 	}
-	done := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
-	defer done()
+	conn := c.conn // which may be closed, and forgotten, before ctx is done
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
 	defer func() {
 		if err != nil || !c.keepAlive {
 			c.close()
@@ -111,6 +112,7 @@ func (c *restConn) do(ctx context.Context, method string, key artifact.Key, body
 	if err := c.send(method, key, body); err != nil {
 		// A server that refuses may have answered before it read everything.
 		if response, answered := http.ReadResponse(c.in, nil); answered == nil {
+			c.close() // the rest of the body would pass for the next request
 			return response.StatusCode, 0, nil
 		}
 		return 0, 0, err
