@@ -69,7 +69,16 @@ func benchCommand() *cobra.Command {
 			if err := flags.complete(); err != nil {
 				return err
 			}
-			result, err := load.Run(cmd.Context(), flags.config)
+			load, err := load.New(flags.config)
+			if err != nil {
+				return err
+			}
+			if flags.uploads() {
+				if err := load.Prepare(cmd.Context()); err != nil {
+					return err
+				}
+			}
+			result, err := load.Run(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -91,6 +100,11 @@ func benchCommand() *cobra.Command {
 	f.BoolVar(&flags.config.KeepAlive, "keep-alive", true, "use a connection for more than one request")
 	flags.remote.add(f)
 	return cmd
+}
+
+// uploads says whether there must be something on the server beforehand.
+func (b *benchFlags) uploads() bool {
+	return b.config.Operation != load.Put && b.config.Operation != load.Miss
 }
 
 // complete checks the flags and fills the config.

@@ -92,38 +92,74 @@ type conn interface {
 	close()
 }
 
-// run is one load.
-type run struct {
+// Load is what a server is loaded with: the artifacts and operations of a Config.
+type Load struct {
 	config Config
 	maker  *maker
-	next   atomic.Int64 // number of a key that was not used
+	next   *atomic.Int64 // number of a key that was not used
 }
 
-// Run loads a server. An error says that it could not; errors of the operations are in the Result.
-func Run(ctx context.Context, config Config) (*Result, error) {
+// New makes the artifacts of a load.
+func New(config Config) (*Load, error) {
 	maker, err := newMaker(config.Size, config.Compressible)
 	if err != nil {
 		return nil, err
 	}
-	r := &run{config: config, maker: maker}
-	conns, err := r.connect()
+	return &Load{config, maker, new(atomic.Int64)}, nil
+}
+
+// With returns the load with other values in its Config: on another server, or with another operation,
+// but with the same artifacts. Size and Compressible can't be changed.
+func (l *Load) With(change func(*Config)) *Load {
+	changed := *l
+	change(&changed.config)
+	return &changed
+}
+
+// Artifact returns the artifact with a number and its key. The first Config.Artifacts, from 0, are those
+// that Get and Head ask for.
+func (l *Load) Artifact(number int64) (artifact.Key, []byte, error) {
+	key := l.maker.key(number)
+	head, rest, err := l.maker.artifact(key)
+	return key, slices.Concat(head, rest), err
+}
+
+// Prepare uploads what Get and Head ask for.
+func (l *Load) Prepare(ctx context.Context) error {
+	conns, err := l.connect()
+	if err != nil {
+		return err
+	}
+	defer closeAll(conns)
+	uploads, ctx := errgroup.WithContext(ctx)
+	for _, conn := range conns {
+		uploads.Go(func() error {
+			for {
+				number := l.next.Add(1) - 1
+				if number >= int64(l.config.Artifacts) {
+					return nil
+				}
+				if _, err := l.put(ctx, conn, number); err != nil {
+					return fmt.Errorf("upload what is to be asked for: %w", err)
+				}
+			}
+		})
+	}
+	return uploads.Wait()
+}
+
+// Run loads the server. An error says that it could not; errors of the operations are in the Result.
+func (l *Load) Run(ctx context.Context) (*Result, error) {
+	conns, err := l.connect()
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		for _, conn := range conns {
-			conn.close()
-		}
-	}()
-	if err := r.prepare(ctx, conns); err != nil {
-		return nil, fmt.Errorf("upload what is to be asked for: %w", err)
-	}
-
+	defer closeAll(conns)
 	results := make([]*Result, len(conns))
 	cpu, began := ownCPU(), time.Now()
 	var clients sync.WaitGroup
 	for i, conn := range conns {
-		clients.Go(func() { results[i] = r.client(ctx, conn, began.Add(config.Duration)) })
+		clients.Go(func() { results[i] = l.client(ctx, conn, began.Add(l.config.Duration)) })
 	}
 	clients.Wait()
 	total := newResult()
@@ -135,46 +171,24 @@ func Run(ctx context.Context, config Config) (*Result, error) {
 }
 
 // connect returns a conn for each client. None is connected yet.
-func (r *run) connect() ([]conn, error) {
-	if r.config.GRPC {
-		shared, err := newGRPC(r.config.Server)
+func (l *Load) connect() ([]conn, error) {
+	if l.config.GRPC {
+		shared, err := newGRPC(l.config.Server)
 		if err != nil {
 			return nil, err
 		}
-		return slices.Repeat([]conn{shared}, r.config.Clients), nil
+		return slices.Repeat([]conn{shared}, l.config.Clients), nil
 	}
 	var conns []conn
-	for range r.config.Clients {
-		conns = append(conns, newREST(r.config.Server, r.config.KeepAlive))
+	for range l.config.Clients {
+		conns = append(conns, newREST(l.config.Server, l.config.KeepAlive))
 	}
 	return conns, nil
 }
 
-// prepare uploads what Get and Head ask for: the artifacts with the first numbers.
-func (r *run) prepare(ctx context.Context, conns []conn) error {
-	if r.config.Operation == Put || r.config.Operation == Miss {
-		return nil
-	}
-	uploads, ctx := errgroup.WithContext(ctx)
-	for _, conn := range conns {
-		uploads.Go(func() error {
-			for {
-				number := r.next.Add(1) - 1
-				if number >= int64(r.config.Artifacts) {
-					return nil
-				}
-				if _, err := r.put(ctx, conn, number); err != nil {
-					return err
-				}
-			}
-		})
-	}
-	return uploads.Wait()
-}
-
-func (r *run) put(ctx context.Context, conn conn, number int64) (sent int64, err error) {
-	key := r.maker.key(number)
-	head, rest, err := r.maker.artifact(key)
+func (l *Load) put(ctx context.Context, conn conn, number int64) (sent int64, err error) {
+	key := l.maker.key(number)
+	head, rest, err := l.maker.artifact(key)
 	if err == nil {
 		err = conn.put(ctx, key, head, rest)
 	}
@@ -184,11 +198,17 @@ func (r *run) put(ctx context.Context, conn conn, number int64) (sent int64, err
 	return int64(len(head) + len(rest)), nil
 }
 
+func closeAll(conns []conn) {
+	for _, conn := range conns {
+		conn.close()
+	}
+}
+
 // client begins operations until end, one after the other.
-func (r *run) client(ctx context.Context, conn conn, end time.Time) *Result {
+func (l *Load) client(ctx context.Context, conn conn, end time.Time) *Result {
 	result := newResult()
 	for began := time.Now(); began.Before(end) && ctx.Err() == nil; {
-		err := r.do(ctx, conn, result)
+		err := l.do(ctx, conn, result)
 		ended := time.Now()
 		switch {
 		case ctx.Err() != nil:
@@ -204,22 +224,22 @@ func (r *run) client(ctx context.Context, conn conn, end time.Time) *Result {
 	return result
 }
 
-func (r *run) do(ctx context.Context, conn conn, result *Result) error {
-	operation := r.config.Operation
+func (l *Load) do(ctx context.Context, conn conn, result *Result) error {
+	operation := l.config.Operation
 	if operation == Mixed {
 		operation = mix[rand.IntN(len(mix))]
 	}
 	switch operation {
 	case Put:
-		sent, err := r.put(ctx, conn, r.next.Add(1))
+		sent, err := l.put(ctx, conn, l.next.Add(1))
 		result.Sent += sent
 		return err
 	case Miss:
-		return conn.miss(ctx, r.maker.key(r.next.Add(1)))
+		return conn.miss(ctx, l.maker.key(l.next.Add(1)))
 	case Head:
-		return conn.head(ctx, r.maker.key(rand.Int64N(int64(r.config.Artifacts))))
+		return conn.head(ctx, l.maker.key(rand.Int64N(int64(l.config.Artifacts))))
 	default:
-		received, err := conn.get(ctx, r.maker.key(rand.Int64N(int64(r.config.Artifacts))))
+		received, err := conn.get(ctx, l.maker.key(rand.Int64N(int64(l.config.Artifacts))))
 		result.Received += received
 		return err
 	}
