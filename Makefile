@@ -71,7 +71,11 @@ faults: ## Make every call on files fail in every way, on the real program, whic
 	POLYKIT_CACHE_TEST_FAULTS=all go test -race -count=1 -v -run='Faults$$' ./cmd/polykit-cache
 
 .PHONY: bench
-bench: ## Run all benchmarks
+bench: ## Measure the server beside nginx and others, or ROWS="name ..." of it; takes some 15 minutes
+	go run ./internal/bench $(ROWS)
+
+.PHONY: gobench
+gobench: ## Run the Go benchmarks, with allocations
 	go test -run='^$$' -bench=. -benchmem ./...
 
 .PHONY: clean

@@ -57,7 +57,7 @@ type Config struct {
 	Artifacts int
 	// Clients is how many operations are in flight at once.
 	Clients int
-	// Duration is how long operations are begun.
+	// Duration is how long operations are begun. Each client begins one at least.
 	Duration time.Duration
 	// KeepAlive uses a connection for more than one request.
 	KeepAlive bool
@@ -116,12 +116,13 @@ func (l *Load) With(change func(*Config)) *Load {
 	return &changed
 }
 
-// Artifact returns the artifact with a number and its key. The first Config.Artifacts, from 0, are those
-// that Get and Head ask for.
-func (l *Load) Artifact(number int64) (artifact.Key, []byte, error) {
-	key := l.maker.key(number)
+// Key returns the key with a number. The first Config.Artifacts, from 0, are those that Get and Head ask for.
+func (l *Load) Key(number int64) artifact.Key { return l.maker.key(number) }
+
+// Artifact returns the artifact for a key.
+func (l *Load) Artifact(key artifact.Key) ([]byte, error) {
 	head, rest, err := l.maker.artifact(key)
-	return key, slices.Concat(head, rest), err
+	return slices.Concat(head, rest), err
 }
 
 // Prepare uploads what Get and Head ask for.
@@ -204,10 +205,10 @@ func closeAll(conns []conn) {
 	}
 }
 
-// client begins operations until end, one after the other.
+// client begins operations until end, one after the other, and one at least.
 func (l *Load) client(ctx context.Context, conn conn, end time.Time) *Result {
 	result := newResult()
-	for began := time.Now(); began.Before(end) && ctx.Err() == nil; {
+	for began := time.Now(); ctx.Err() == nil; {
 		err := l.do(ctx, conn, result)
 		ended := time.Now()
 		switch {
@@ -219,7 +220,9 @@ func (l *Load) client(ctx context.Context, conn conn, end time.Time) *Result {
 			result.Operations++
 			result.Latency.RecordValue(min(int64(ended.Sub(began)), longest))
 		}
-		began = ended
+		if began = ended; !began.Before(end) {
+			break
+		}
 	}
 	return result
 }
