@@ -37,6 +37,7 @@ type serveConfig struct {
 	bind            string
 	port            int
 	durability      choiceFlag
+	hotSize         sizeFlag
 	limits          limitFlags
 	scrub           disk.ScrubConfig
 	scrubRate       sizeFlag
@@ -54,6 +55,7 @@ func serveCommand() *cobra.Command {
 		limits:          newLimitFlags(),
 		scrub:           disk.ScrubConfig{Interval: 30 * 24 * time.Hour},
 		scrubRate:       16 << 20,
+		hotSize:         32 << 20,
 		durability:      choiceFlag{string(disk.DurabilityFull), []string{string(disk.DurabilityFull), string(disk.DurabilityNone)}},
 		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
 		logFormat:       choiceFlag{"text", []string{"text", "json"}},
@@ -82,6 +84,7 @@ func serveCommand() *cobra.Command {
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
 	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
 	f.Var(&c.scrubRate, "scrub-rate", "most bytes a second that are read for that")
+	f.Var(&c.hotSize, "hot-size", "most memory for artifacts that were asked for lately, so that small ones are not read again")
 	c.limits.add(f)
 	f.IntVar(&c.limits.capacity.Queue, "max-queued-uploads", c.limits.capacity.Queue, "most uploads that wait for others to end; more are told to come again")
 	f.DurationVar(&c.limits.capacity.QueueTimeout, "queue-timeout", c.limits.capacity.QueueTimeout, "time that an upload may wait for others to end")
@@ -164,7 +167,13 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
 		log = slog.New(slog.NewJSONHandler(logTo, options))
 	}
 	verifier := artifact.NewVerifier(c.limits.limits())
-	store, err := disk.Open(disk.Config{Dir: c.storageDir, Verifier: verifier, Durability: disk.Durability(c.durability.value), Log: log})
+	store, err := disk.Open(disk.Config{
+		Dir:        c.storageDir,
+		Verifier:   verifier,
+		Durability: disk.Durability(c.durability.value),
+		HotSize:    int64(c.hotSize),
+		Log:        log,
+	})
 	if err != nil {
 		return err
 	}

@@ -59,6 +59,9 @@ type Config struct {
 	Verifier *artifact.Verifier
 	// Durability is DurabilityFull if it is empty.
 	Durability Durability
+	// HotSize is the most bytes of memory that are spent on what was read lately, so that it need not be
+	// read again.
+	HotSize int64
 	// Log is told about repairs.
 	Log *slog.Logger
 }
@@ -72,6 +75,7 @@ type Store struct {
 	lock     *flock.Flock
 	shards   durableShards
 	space    space
+	hot      *hot
 
 	inspections singleflight.Group // in progress, by key
 	aside       sync.Mutex         // held from the look at a file that is in the way until it is moved
@@ -107,6 +111,7 @@ func Open(config Config) (*Store, error) {
 		log:      config.Log,
 		lock:     lock,
 		space:    space{dir: dir},
+		hot:      newHot(config.HotSize),
 	}
 	if err := s.sweep(); err != nil {
 		lock.Unlock()
@@ -171,7 +176,7 @@ func (s *Store) memoPath(key artifact.Key) string {
 // wait for other verifications to end, this upload's among them: without a memo it is found by the commit.
 func (s *Store) Create(_ context.Context, key artifact.Key, size int64) (cache.Upload, error) {
 	if stat, err := os.Lstat(s.artifactPath(key)); err == nil && stat.Mode().IsRegular() {
-		if _, err := s.readMemo(key, stat); err == nil {
+		if _, err := s.known(key, stat); err == nil {
 			return nil, cache.ErrExists
 		}
 	}
@@ -187,16 +192,32 @@ func (s *Store) Create(_ context.Context, key artifact.Key, size int64) (cache.U
 	return &upload{store: s, key: key, file: file, promised: size}, nil
 }
 
-// Open implements cache.Store. The bytes are an *os.File, which sendfile(2) can send.
+// known returns what is known of the artifact whose file stat describes, or why nothing is.
+func (s *Store) known(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
+	if kept := s.hot.get(key, stat); kept != nil {
+		return kept.info, nil
+	}
+	return s.readMemo(key, stat)
+}
+
+// Open implements cache.Store. The bytes are in memory, with a method of io.WriterTo, or an *os.File,
+// which sendfile(2) can send.
 func (s *Store) Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
+	if s.hot.holds(key) {
+		if stat, err := os.Lstat(s.artifactPath(key)); err == nil {
+			if kept := s.hot.get(key, stat); kept != nil && kept.content != nil {
+				return kept.open(), kept.info, nil
+			}
+		}
+	}
 	for {
 		file, stat, err := s.openFile(key)
 		if err != nil {
 			return nil, artifact.Info{}, err
 		}
-		info, err := s.readMemo(key, stat)
+		info, err := s.known(key, stat)
 		if err == nil {
-			return file, info, nil
+			return s.hot.keep(file, stat, info), info, nil
 		}
 		inspected, err := s.inspect(ctx, key, err)
 		if err == nil && os.SameFile(inspected.stat, stat) {
@@ -221,7 +242,11 @@ func (s *Store) Stat(ctx context.Context, key artifact.Key) (artifact.Info, erro
 		return artifact.Info{}, s.unopened(key, err)
 	}
 	if stat.Mode().IsRegular() {
+		if kept := s.hot.get(key, stat); kept != nil {
+			return kept.info, nil
+		}
 		if info, err := s.readMemo(key, stat); err == nil {
+			s.hot.put(&hotArtifact{stat: stat, info: info})
 			return info, nil
 		}
 	}

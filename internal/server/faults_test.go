@@ -274,7 +274,7 @@ func TestSeekFails(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, setup{store: seekless{&cachetest.Memory{}}})
 			s.put(t, cachetest.Key("a"), artifactA)
-			response, body := get(keyA).do(t, s, m.rest(t, s))
+			response, body := get(keyA, "Range", "bytes=1-").do(t, s, m.rest(t, s))
 			if response.StatusCode != 500 || string(body) != `{"error":"internal error"}` {
 				t.Errorf("the answer is %s %s", response.Status, body)
 			}

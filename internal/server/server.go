@@ -156,7 +156,9 @@ func isGRPC(r *http.Request) bool {
 // connection open to use another one.
 func (s *Server) track(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
+		if s.log.Enabled(r.Context(), LevelTrace) { // its arguments cost more than the question
+			s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
+		}
 		s.requests.Add(1)
 		defer func() {
 			if s.requests.Add(-1) == 0 && s.notDraining() != nil {
@@ -366,7 +368,9 @@ func (s *Server) logStored(ctx context.Context, info artifact.Info) {
 
 // logSent logs a download.
 func (s *Server) logSent(ctx context.Context, info artifact.Info, sent int64) {
-	s.log.DebugContext(ctx, "sent an artifact", "key", info.Key, "size", info.Size, "sent", sent)
+	if s.log.Enabled(ctx, slog.LevelDebug) {
+		s.log.DebugContext(ctx, "sent an artifact", "key", info.Key, "size", info.Size, "sent", sent)
+	}
 }
 
 // logFault logs an error at the edge, where it becomes a status, and nowhere else: in full if it is
@@ -380,6 +384,9 @@ func (s *Server) logFault(ctx context.Context, request string, f fault, err erro
 		level = slog.LevelWarn
 	case http.StatusUnprocessableEntity, http.StatusRequestEntityTooLarge:
 		level = slog.LevelInfo
+	}
+	if !s.log.Enabled(ctx, level) {
+		return
 	}
 	s.log.Log(ctx, level, "request failed", "request", request, "status", f.status, "reason", f.reason, "error", err)
 }
