@@ -161,15 +161,20 @@ func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
 // shard is the directory of a key, relative to the storage directory.
 func shard(key artifact.Key) string {
 	digits := key.String()
-	return filepath.Join(digits[:2], digits[2:4])
+	return digits[:2] + separator + digits[2:4]
 }
 
-func (s *Store) artifactPath(key artifact.Key) string {
-	return filepath.Join(s.dir, shard(key), key.String()+".zst")
-}
+const separator = string(filepath.Separator)
 
-func (s *Store) memoPath(key artifact.Key) string {
-	return filepath.Join(s.dir, shard(key), key.String()+".json")
+func (s *Store) artifactPath(key artifact.Key) string { return s.path(key, ".zst") }
+
+func (s *Store) memoPath(key artifact.Key) string { return s.path(key, ".json") }
+
+// path is of a file in the shard of a key. Every request needs one, and filepath.Join would make it in
+// several steps.
+func (s *Store) path(key artifact.Key, extension string) string {
+	digits := key.String()
+	return s.dir + separator + digits[:2] + separator + digits[2:4] + separator + digits + extension
 }
 
 // Create implements cache.Store. It goes by the memo of what is stored and does not make one, which would

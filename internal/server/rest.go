@@ -67,10 +67,7 @@ func (s *Server) headArtifact(w http.ResponseWriter, r *http.Request) {
 // as ranges and preconditions (RFC 9110, sections 13 and 14) ask for.
 func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artifact.Info, content io.ReadSeeker) {
 	hash := info.Hash.String()
-	header := w.Header()
-	header.Set("Content-Type", "application/zstd")
-	header.Set("X-Artifact-Hash", hash)
-	header.Set("ETag", `"`+hash+`"`)
+	setHeaders(w, "Content-Type", "application/zstd", "X-Artifact-Hash", hash, "Etag", `"`+hash+`"`)
 	d := &download{ResponseWriter: w}
 	if asksForWhole(r) {
 		d.sendWhole(r, info, content)
@@ -113,10 +110,7 @@ func asksForWhole(r *http.Request) bool {
 // sendWhole does what http.ServeContent does if the whole artifact is asked for, which nearly always is
 // so. Content that is in memory is sent from there, which http.ServeContent would copy first.
 func (d *download) sendWhole(r *http.Request, info artifact.Info, content io.ReadSeeker) {
-	header := d.Header()
-	header.Set("Last-Modified", info.StoredAt.UTC().Format(http.TimeFormat))
-	header.Set("Accept-Ranges", "bytes")
-	header.Set("Content-Length", strconv.FormatInt(info.Size, 10))
+	setHeaders(d, "Last-Modified", info.StoredAt.UTC().Format(http.TimeFormat), "Accept-Ranges", "bytes", "Content-Length", strconv.FormatInt(info.Size, 10))
 	d.WriteHeader(http.StatusOK)
 	if r.Method == http.MethodHead {
 		return
@@ -290,7 +284,9 @@ func writeFault(w http.ResponseWriter, f fault) {
 	if f.status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
 	}
-	writeJSON(w, f.status, map[string]string{"error": f.sentence})
+	writeJSON(w, f.status, struct {
+		Error string `json:"error"`
+	}{f.sentence})
 }
 
 func writeJSON(w http.ResponseWriter, status int, value any) {
@@ -298,8 +294,17 @@ func writeJSON(w http.ResponseWriter, status int, value any) {
 	if err != nil {
 		panic(err) // only values that can be marshalled are written
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	setHeaders(w, "Content-Type", "application/json", "Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	w.Write(body)
+}
+
+// setHeaders sets headers, each given as a name in canonical form and a value.
+func setHeaders(w http.ResponseWriter, pairs ...string) {
+	header := w.Header()
+	values := make([]string, 0, len(pairs)/2) // of all, for each would be allocated by Set
+	for i := 0; i < len(pairs); i += 2 {
+		values = append(values, pairs[i+1])
+		header[pairs[i]] = values[i/2 : i/2+1 : i/2+1]
+	}
 }
