@@ -298,16 +298,20 @@ func modified(t *testing.T, path string, at time.Time) {
 }
 
 func TestContract(t *testing.T) {
-	cachetest.TestStore(t, func(t *testing.T) cache.Store {
-		r := open(t, t.TempDir())
-		t.Cleanup(func() {
-			r.tmpIsEmpty(t)
-			if log := r.log.String(); strings.Contains(log, `msg="could not`) {
-				t.Errorf("the store could not do something:\n%s", log)
-			}
+	for name, hotSize := range map[string]int64{"nothing kept in memory": 0, "small artifacts kept": 1 << 20} {
+		t.Run(name, func(t *testing.T) {
+			cachetest.TestStore(t, func(t *testing.T) cache.Store {
+				r := openWith(t, disk.Config{Dir: t.TempDir(), HotSize: hotSize})
+				t.Cleanup(func() {
+					r.tmpIsEmpty(t)
+					if log := r.log.String(); strings.Contains(log, `msg="could not`) {
+						t.Errorf("the store could not do something:\n%s", log)
+					}
+				})
+				return r.store
+			})
 		})
-		return r.store
-	})
+	}
 }
 
 func TestLayout(t *testing.T) {
