@@ -38,6 +38,7 @@ const (
 func (s *Server) newGRPC() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessageSize),
+		grpc.ForceServerCodecV2(newCodec()),
 		grpc.UnaryInterceptor(func(ctx context.Context, request any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (response any, err error) {
 			err = s.call(ctx, info.FullMethod, func() error {
 				response, err = next(ctx, request)
@@ -91,15 +92,17 @@ func (a *artifactService) key(digits string) (artifact.Key, error) {
 }
 
 func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]) error {
-	first, err := stream.Recv()
+	messages := &incoming{}
+	defer messages.free()
+	err := stream.RecvMsg(messages)
 	if err == io.EOF {
 		return fmt.Errorf("%w: the stream has no message; the first must be a header", errInvalidRequest)
 	}
 	if err != nil {
 		return err
 	}
-	header := first.GetHeader()
-	if header == nil {
+	header := messages.request.GetHeader()
+	if messages.isChunk || header == nil {
 		return fmt.Errorf("%w: the first message must be a header", errInvalidRequest)
 	}
 	key, err := a.key(header.GetCacheKey())
@@ -112,7 +115,7 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 			return fmt.Errorf("%w: size is %d; it must not be negative", errInvalidRequest, size)
 		}
 	}
-	chunks := &chunkReader{stream: stream}
+	chunks := &chunkReader{stream: stream, incoming: messages}
 	info, err := a.server.cache.Put(stream.Context(), key, size, chunks)
 	if chunks.invalid != nil {
 		return chunks.invalid
@@ -126,30 +129,26 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 
 // chunkReader reads the chunks of an upload.
 type chunkReader struct {
-	stream  grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]
-	chunk   []byte
+	stream grpc.ServerStream
+	*incoming
 	invalid error // what is wrong with the messages
 }
 
 func (c *chunkReader) Read(p []byte) (int, error) {
-	for len(c.chunk) == 0 {
-		request, err := c.stream.Recv()
-		if err != nil {
+	for c.left() == 0 {
+		if err := c.stream.RecvMsg(c.incoming); err != nil {
 			return 0, err
 		}
-		if _, isChunk := request.GetPayload().(*cachev1.PutArtifactRequest_Chunk); !isChunk {
+		if !c.isChunk {
 			c.invalid = fmt.Errorf("%w: every message behind the header must be a chunk", errInvalidRequest)
 			return 0, c.invalid
 		}
-		c.chunk = request.GetChunk()
 	}
-	n := copy(p, c.chunk)
-	c.chunk = c.chunk[n:]
-	return n, nil
+	return c.incoming.Read(p)
 }
 
 // Buffered is how many bytes are there that were not read yet.
-func (c *chunkReader) Buffered() int { return len(c.chunk) }
+func (c *chunkReader) Buffered() int { return c.left() }
 
 func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, stream grpc.ServerStreamingServer[cachev1.GetArtifactResponse]) error {
 	key, err := a.key(request.GetCacheKey())
@@ -179,14 +178,15 @@ func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, strea
 		return err
 	}
 	for left := length; left > 0; {
-		chunk := make([]byte, min(left, chunkSize)) // gRPC may still hold the one before
-		if _, err := io.ReadFull(file, chunk); err != nil {
+		size := min(left, chunkSize)
+		chunk, err := readChunk(file, int(size))
+		if err != nil {
 			return fmt.Errorf("read artifact %s at its last %d bytes: %w", key, left, err)
 		}
-		if err := stream.Send(&cachev1.GetArtifactResponse{Payload: &cachev1.GetArtifactResponse_Chunk{Chunk: chunk}}); err != nil {
+		if err := stream.SendMsg(chunk); err != nil {
 			return err
 		}
-		left -= int64(len(chunk))
+		left -= size
 	}
 	a.server.logSent(stream.Context(), info, length)
 	return nil
