@@ -52,6 +52,7 @@ type frames struct {
 	answers  map[uint32]*streamAnswer
 	pongs    int
 	goAway   *http2.ErrCode
+	acks     int    // of settings that were sent
 	next     uint32 // stream
 }
 
@@ -63,8 +64,18 @@ type streamAnswer struct {
 	reset           *http2.ErrCode
 }
 
-// dialFrames makes a connection and exchanges settings on it.
+// dialFrames makes a connection and exchanges settings on it. It is net/http's, since a gRPC client does
+// not send a frame of a type that there is not.
 func dialFrames(t *testing.T, s *testServer, settings ...http2.Setting) *frames {
+	t.Helper()
+	f := dialNative(t, s, settings...)
+	f.write(func() error { return f.framer.WriteRawFrame(0xFF, 0, 0, nil) })
+	f.wait("net/http's own settings are acknowledged", func() bool { return f.acks == 2 })
+	return f
+}
+
+// dialNative makes a connection and exchanges settings on it. If the first request is a call, it is gRPC's.
+func dialNative(t *testing.T, s *testServer, settings ...http2.Setting) *frames {
 	t.Helper()
 	f := &frames{
 		t: t, Conn: dial(t, s).Conn, done: make(chan struct{}), next: 1,
@@ -86,8 +97,14 @@ func dialFrames(t *testing.T, s *testServer, settings ...http2.Setting) *frames 
 		f.Close()
 		<-f.done
 	})
-	f.wait("the server has taken the settings", func() bool { return len(f.settings) > 0 })
+	f.wait("the server's settings are acknowledged", func() bool { return f.acks == 1 })
 	return f
+}
+
+// bothWays runs a test on connections of net/http, and on those of gRPC's own transport.
+func bothWays(t *testing.T, test func(t *testing.T, dial func(*testing.T, *testServer, ...http2.Setting) *frames)) {
+	t.Run("behind net/http", func(t *testing.T) { test(t, dialFrames) })
+	t.Run("native", func(t *testing.T) { test(t, dialNative) })
 }
 
 // write writes a frame; that the server has closed the connection is noticed elsewhere.
@@ -122,6 +139,7 @@ func (f *frames) read() {
 				f.mu.Unlock() // or a write that blocks would keep all others from what came
 				f.write(f.framer.WriteSettingsAck)
 				f.mu.Lock()
+				f.acks++
 			}
 		case *http2.WindowUpdateFrame:
 			f.windows[id] += int64(frame.Increment)
@@ -199,8 +217,11 @@ func (f *frames) mustOpen(end bool, method, path string, more ...string) uint32 
 // call begins a gRPC call.
 func (f *frames) call(more ...string) uint32 {
 	f.t.Helper()
-	return f.mustOpen(false, "POST", putMethod, append([]string{"content-type", "application/grpc", "te", "trailers"}, more...)...)
+	return f.mustOpen(false, "POST", putMethod, append(slices.Clone(callHeader), more...)...)
 }
+
+// callHeader is what stands in the header of a call from a gRPC client.
+var callHeader = []string{"content-type", "application/grpc", "te", "trailers", "user-agent", "grpc-test/1"}
 
 // send sends data in frames of at most size bytes, as the windows allow, until the server wants no more.
 func (f *frames) send(id uint32, data []byte, size int, end bool) {
@@ -456,7 +477,7 @@ func TestRapidReset(t *testing.T) {
 			return id, err
 		}},
 		{"calls", func(conn *frames) (uint32, error) {
-			return conn.open(false, "POST", putMethod, "content-type", "application/grpc", "te", "trailers")
+			return conn.open(false, "POST", putMethod, callHeader...)
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -597,7 +618,7 @@ func TestZeroWindow(t *testing.T) {
 		checkAbuse(t, s, 256<<20, func(t *testing.T, meanwhile func()) { // each a chunk, which gRPC takes a buffer of 1 MiB to send
 			conn := dialFrames(t, s, noRoom)
 			for range streams {
-				id := conn.mustOpen(false, "POST", "/polykit.cache.v1.ArtifactService/GetArtifact", "content-type", "application/grpc", "te", "trailers")
+				id := conn.mustOpen(false, "POST", "/polykit.cache.v1.ArtifactService/GetArtifact", callHeader...)
 				conn.send(id, message, len(message), true)
 			}
 			waitUntil(t, "all are open", func() bool { return openArtifacts(t, s) == streams })
@@ -653,75 +674,79 @@ func TestStreamsThatNeverClose(t *testing.T) {
 
 // TestMessagesThatClaimMuch has messages that say of themselves that they are large.
 func TestMessagesThatClaimMuch(t *testing.T) {
-	prefix := func(flag byte, length uint32) []byte { return binary.BigEndian.AppendUint32([]byte{flag}, length) }
-	s := startServer(t, setup{})
-	checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
-		conn := dialFrames(t, s)
-		for _, test := range []struct {
-			name     string
-			encoding string
-			message  []byte
-			code     codes.Code
-			sentence string
-		}{
-			{"a byte over the limit", "identity", prefix(0, 4<<20+1), codes.ResourceExhausted, "grpc: received message larger than max (4194305 vs. 4194304)"},
-			{"4 GiB", "identity", prefix(0, 1<<32-1), codes.ResourceExhausted, "grpc: received message larger than max (4294967295 vs. 4194304)"},
-			{"compressed, but not said how", "identity", append(prefix(1, 5), "alpha"...), codes.Internal,
-				"grpc: compressed flag set with identity or empty encoding"},
-			{"compressed", "gzip", append(prefix(1, 5), "alpha"...), codes.Unimplemented,
-				`grpc: Decompressor is not installed for grpc-encoding "gzip"`},
-			{"a flag that there is not", "identity", append(prefix(2, 5), "alpha"...), codes.Internal, "grpc: received unexpected payload format 2"},
-		} {
-			for _, first := range []bool{true, false} {
-				id := conn.call("grpc-encoding", test.encoding)
-				if !first {
-					conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
+	bothWays(t, func(t *testing.T, dial func(*testing.T, *testServer, ...http2.Setting) *frames) {
+		prefix := func(flag byte, length uint32) []byte { return binary.BigEndian.AppendUint32([]byte{flag}, length) }
+		s := startServer(t, setup{})
+		checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
+			conn := dial(t, s)
+			for _, test := range []struct {
+				name     string
+				encoding string
+				message  []byte
+				code     codes.Code
+				sentence string
+			}{
+				{"a byte over the limit", "identity", prefix(0, 4<<20+1), codes.ResourceExhausted, "grpc: received message larger than max (4194305 vs. 4194304)"},
+				{"4 GiB", "identity", prefix(0, 1<<32-1), codes.ResourceExhausted, "grpc: received message larger than max (4294967295 vs. 4194304)"},
+				{"compressed, but not said how", "identity", append(prefix(1, 5), "alpha"...), codes.Internal,
+					"grpc: compressed flag set with identity or empty encoding"},
+				{"compressed", "gzip", append(prefix(1, 5), "alpha"...), codes.Unimplemented,
+					`grpc: Decompressor is not installed for grpc-encoding "gzip"`},
+				{"a flag that there is not", "identity", append(prefix(2, 5), "alpha"...), codes.Internal, "grpc: received unexpected payload format 2"},
+			} {
+				for _, first := range []bool{true, false} {
+					id := conn.call("grpc-encoding", test.encoding)
+					if !first {
+						conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
+					}
+					conn.send(id, test.message, 16<<10, false)
+					conn.wantStatus(id, test.code, "", test.sentence)
+					conn.reset(id)
 				}
-				conn.send(id, test.message, 16<<10, false)
-				conn.wantStatus(id, test.code, "", test.sentence)
-				conn.reset(id)
 			}
-		}
-		// As much as a message may have, and nothing of it.
-		for range 200 {
-			conn.send(conn.call(), prefix(0, 4<<20), 16<<10, false)
-		}
-		conn.ping()
-		waitUntil(t, "all are in work", func() bool { return s.Requests() == 200 })
-		meanwhile()
+			// As much as a message may have, and nothing of it.
+			for range 200 {
+				conn.send(conn.call(), prefix(0, 4<<20), 16<<10, false)
+			}
+			conn.ping()
+			waitUntil(t, "all are in work", func() bool { return s.Requests() == 200 })
+			meanwhile()
+		})
 	})
 }
 
 // TestMessagesInDisorder has uploads over gRPC whose messages are not those that must come, each beside
 // one of which they are.
 func TestMessagesInDisorder(t *testing.T) {
-	s := startServer(t, setup{})
-	checkAbuse(t, s, 32<<20, func(t *testing.T, meanwhile func()) {
-		conn := dialFrames(t, s)
-		const first, behind = "Invalid request: the first message must be a header", "Invalid request: every message behind the header must be a chunk"
-		theHeader, theChunk := grpcFrame(t, header(keyA)), grpcFrame(t, chunk(artifactA))
-		empty := grpcFrame(t, &cachev1.PutArtifactRequest{})
-		for _, test := range []struct {
-			name     string
-			messages [][]byte
-			sentence string
-		}{
-			{"header first twice", [][]byte{theHeader, theHeader, theChunk}, behind},
-			{"chunk before header", [][]byte{theChunk, theHeader}, first},
-			{"chunk of 0 bytes before header", [][]byte{grpcFrame(t, chunk(nil)), theHeader, theChunk}, first},
-			{"no message in a message", [][]byte{empty, theHeader, theChunk}, first},
-			{"no message in a message behind the header", [][]byte{theHeader, empty, theChunk}, behind},
-			{"header behind all", [][]byte{theHeader, theChunk, theHeader}, behind},
-		} {
+	bothWays(t, func(t *testing.T, dial func(*testing.T, *testServer, ...http2.Setting) *frames) {
+		s := startServer(t, setup{})
+		checkAbuse(t, s, 32<<20, func(t *testing.T, meanwhile func()) {
+			conn := dial(t, s)
+			const first, behind = "Invalid request: the first message must be a header", "Invalid request: every message behind the header must be a chunk"
+			theHeader, theChunk := grpcFrame(t, header(keyA)), grpcFrame(t, chunk(artifactA))
+			empty := grpcFrame(t, &cachev1.PutArtifactRequest{})
+			for _, test := range []struct {
+				name     string
+				messages [][]byte
+				sentence string
+			}{
+				{"header first twice", [][]byte{theHeader, theHeader, theChunk}, behind},
+				{"chunk before header", [][]byte{theChunk, theHeader}, first},
+				{"chunk of 0 bytes before header", [][]byte{grpcFrame(t, chunk(nil)), theHeader, theChunk}, first},
+				{"no message in a message", [][]byte{empty, theHeader, theChunk}, first},
+				{"no message in a message behind the header", [][]byte{theHeader, empty, theChunk}, behind},
+				{"header behind all", [][]byte{theHeader, theChunk, theHeader}, behind},
+			} {
+				id := conn.call()
+				conn.send(id, slices.Concat(test.messages...), 16<<10, false)
+				conn.wantStatus(id, codes.InvalidArgument, "INVALID_REQUEST", test.sentence)
+				conn.reset(id)
+			}
+			meanwhile()
 			id := conn.call()
-			conn.send(id, slices.Concat(test.messages...), 16<<10, false)
-			conn.wantStatus(id, codes.InvalidArgument, "INVALID_REQUEST", test.sentence)
-			conn.reset(id)
-		}
-		meanwhile()
-		id := conn.call()
-		conn.send(id, slices.Concat(theHeader, theChunk), 16<<10, true)
-		conn.wantStatus(id, codes.OK, "", "")
+			conn.send(id, slices.Concat(theHeader, theChunk), 16<<10, true)
+			conn.wantStatus(id, codes.OK, "", "")
+		})
 	})
 }
 
@@ -785,21 +810,25 @@ func TestChunksOfNothing(t *testing.T) {
 // TestChunksThatWait has as many messages, each in a frame, while nobody asks for them: what is kept of
 // them is what they are.
 func TestChunksThatWait(t *testing.T) {
-	store := &blockingStore{Store: &cachetest.Memory{}, key: cachetest.Key("a"), release: make(chan struct{})}
-	s := startServer(t, setup{store: store})
-	checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
-		release := sync.OnceFunc(func() { close(store.release) })
-		defer release()
-		conn := dialFrames(t, s)
-		id := conn.call()
-		conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
-		empty := grpcFrame(t, chunk(nil))
-		conn.send(id, bytes.Repeat(empty, 100_000), len(empty), false)
-		conn.ping()
-		meanwhile()
-		release()
-		conn.send(id, grpcFrame(t, chunk(artifactA)), 16<<10, true)
-		conn.wantStatus(id, codes.OK, "", "")
+	bothWays(t, func(t *testing.T, dial func(*testing.T, *testServer, ...http2.Setting) *frames) {
+		store := &blockingStore{Store: &cachetest.Memory{}, key: cachetest.Key("a"), release: make(chan struct{})}
+		s := startServer(t, setup{store: store})
+		checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
+			release := sync.OnceFunc(func() { close(store.release) })
+			defer release()
+			conn := dial(t, s)
+			id := conn.call()
+			conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
+			empty := grpcFrame(t, chunk(nil))
+			conn.wait("it is known how much may wait", func() bool { return conn.settings[http2.SettingInitialWindowSize] > 0 })
+			many := min(100_000, (int(conn.settings[http2.SettingInitialWindowSize])-100)/len(empty))
+			conn.send(id, bytes.Repeat(empty, many), len(empty), false)
+			conn.ping()
+			meanwhile()
+			release()
+			conn.send(id, grpcFrame(t, chunk(artifactA)), 16<<10, true)
+			conn.wantStatus(id, codes.OK, "", "")
+		})
 	})
 }
 

@@ -61,11 +61,11 @@ type codec struct{ encoding.CodecV2 }
 
 func newCodec() codec { return codec{encoding.GetCodecV2(protocodec.Name)} }
 
-// outgoing is a message that a pool is told of when gRPC has sent it, or will not.
+// outgoing is a message of a call.
 type outgoing struct {
-	message proto.Message // or nil if it is encoded already
+	call    *call         // which is told how far the message is; nil on a connection of net/http
+	message proto.Message // nil if it is encoded already
 	encoded *[]byte       // from buffers
-	pool    mem.BufferPool
 }
 
 // readChunk returns the next length bytes of an artifact as a GetArtifactResponse.
@@ -78,7 +78,7 @@ func readChunk(r io.Reader, length int) (*outgoing, error) {
 		buffers.Put(buf)
 		return nil, err
 	}
-	return &outgoing{encoded: buf, pool: &buffers}, nil
+	return &outgoing{encoded: buf}, nil
 }
 
 // Marshal implements encoding.CodecV2.
@@ -93,7 +93,11 @@ func (c codec) Marshal(message any) (mem.BufferSlice, error) {
 			return nil, err
 		}
 	}
-	return mem.BufferSlice{mem.NewBuffer(out.encoded, out.pool)}, nil
+	if out.call == nil {
+		return mem.BufferSlice{mem.NewBuffer(out.encoded, &buffers)}, nil
+	}
+	out.call.sent(len(*out.encoded))
+	return mem.BufferSlice{mem.NewBuffer(out.encoded, out.call)}, nil
 }
 
 // incoming is a PutArtifactRequest. If it has a chunk and nothing else, this is not copied.

@@ -29,13 +29,14 @@ const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
 	`{"error":"The server has too many connections: try again in a bit"}`
 
 // limitedListener accepts up to a number of connections, refuses more, and closes idle ones. It leaves
-// connections as they are, since net/http sends files only over the operating system's own.
+// those for TLS as they are, since net/http wants them of *tls.Conn.
 type limitedListener struct {
 	net.Listener
 	most     int64
 	open     atomic.Int64
 	refusals chan struct{}
 	refused  func(net.Conn)
+	greeter  *greeter
 	idle     idleTimers
 }
 
@@ -56,9 +57,12 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if l.open.Add(1) <= l.most {
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				return l.greeter.greet(tcp), nil
+			}
 			return conn, nil
 		}
-		l.open.Add(-1)
+		l.closed()
 		l.refused(conn)
 		select {
 		case l.refusals <- struct{}{}:
@@ -76,10 +80,15 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateClosed, http.StateHijacked:
-		l.open.Add(-1)
+		if clear, ok := conn.(*clearConn); !ok || !clear.delivered.Load() {
+			l.closed()
+		}
 	}
 	l.idle.changed(conn, state)
 }
+
+// closed is told when a connection was closed.
+func (l *limitedListener) closed() { l.open.Add(-1) }
 
 // idleTimers close connections that are idle for too long.
 //

@@ -34,7 +34,7 @@ const (
 	maxPageSize     = 10_000
 )
 
-// newGRPC returns the gRPC side of s: artifacts, health and reflection.
+// newGRPC returns the gRPC side of s behind net/http.
 func (s *Server) newGRPC() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessageSize),
@@ -53,10 +53,15 @@ func (s *Server) newGRPC() *grpc.Server {
 			return s.call(ctx, info.FullMethod, func() error { return next(service, &messageStream{stream, messages}) })
 		}),
 	)
+	s.register(server)
+	return server
+}
+
+// register registers the services: artifacts, health and reflection.
+func (s *Server) register(server reflection.GRPCServer) {
 	cachev1.RegisterArtifactServiceServer(server, &artifactService{server: s})
 	healthpb.RegisterHealthServer(server, &healthService{s.health, s.Ready, s.draining})
 	reflection.Register(server)
-	return server
 }
 
 // call runs one gRPC call. What it returns is a status for the client; the error itself is logged.

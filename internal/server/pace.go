@@ -26,6 +26,8 @@ type pace struct {
 	most   time.Duration         // of the stock
 	rate   int64                 // bytes per second
 	expire func(time.Time) error // sets the deadline
+	// progress returns how many bytes came of a transfer before its end, if that can be known.
+	progress func() int
 
 	mu       sync.Mutex
 	left     time.Duration
@@ -86,10 +88,23 @@ func (p *pace) look() {
 	case p.began.IsZero() || p.stopped:
 	case time.Now().Before(p.deadline):
 		p.arm()
+	case p.goesOn():
+		p.arm()
 	default:
 		p.gaveUp = true
 		p.expire(time.Unix(1, 0))
 	}
+}
+
+// goesOn counts what came of a transfer that has not ended, and says whether it may be waited for.
+func (p *pace) goesOn() bool {
+	if p.progress == nil {
+		return false
+	}
+	now := time.Now()
+	p.left = min(p.most, p.left+p.worth(p.progress())-now.Sub(p.began))
+	p.began, p.deadline = now, now.Add(p.left)
+	return p.left > 0
 }
 
 // stop ends the pace. It returns an error that says so if the client was given up; it did not do what
@@ -104,6 +119,11 @@ func (p *pace) stop(should string) error {
 	if !p.gaveUp {
 		return nil
 	}
+	return p.tooSlow(should)
+}
+
+// tooSlow returns the error of a client that was given up.
+func (p *pace) tooSlow(should string) error {
 	return fmt.Errorf("%w: it must %s something within %v, and %d bytes a second over time", errTooSlow, should, p.most, p.rate)
 }
 

@@ -94,7 +94,8 @@ type Server struct {
 	cache    *cache.Cache
 	log      *slog.Logger
 	http     *http.Server
-	grpc     *grpc.Server
+	grpc     *grpc.Server // behind http
+	native   *grpc.Server // for the connections of gRPC clients
 	health   *health.Server
 	requests atomic.Int64  // in flight
 	draining chan struct{} // closed when Serve begins to shut down
@@ -104,7 +105,7 @@ type Server struct {
 // New returns a server for a cache.
 func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 	s := &Server{config: config, cache: c, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
-	s.grpc = s.newGRPC()
+	s.grpc, s.native = s.newGRPC(), s.newNative()
 	rest := s.newREST()
 
 	protocols := &http.Protocols{}
@@ -160,14 +161,7 @@ func (s *Server) track(next http.Handler) http.Handler {
 			s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
 		}
 		s.requests.Add(1)
-		defer func() {
-			if s.requests.Add(-1) == 0 && s.notDraining() != nil {
-				select {
-				case s.idle <- struct{}{}:
-				default: // told already
-				}
-			}
-		}()
+		defer s.requestDone()
 		if s.notDraining() != nil {
 			w.Header().Set("Connection", "close") // over HTTP/2, net/http makes a GOAWAY of it
 		}
@@ -177,20 +171,37 @@ func (s *Server) track(next http.Handler) http.Handler {
 	})
 }
 
+// requestDone says that a request in flight has ended.
+func (s *Server) requestDone() {
+	if s.requests.Add(-1) == 0 && s.notDraining() != nil {
+		select {
+		case s.idle <- struct{}{}:
+		default: // told already
+		}
+	}
+}
+
 // Serve serves on a listener until ctx is done. Then it closes the listener, lets requests in flight
 // finish within Config.ShutdownTimeout, and cuts those that do not. In that time requests that still
 // come, on connections that are open, are refused with a status that says so. It can be called once.
 //
 // The connections of a listener for TLS must be of *tls.Conn, or HTTP/2 will not be spoken over them.
+// gRPC in clear text goes through net/http if they are not of *net.TCPConn.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	limited := newLimitedListener(listener, s.config.MaxConnections, s.config.IdleTimeout, func(conn net.Conn) {
 		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)
 	})
+	native := newNativeListener(listener.Addr())
+	limited.greeter = newGreeter(s.config, func(tcp *net.TCPConn, came []byte) {
+		native.deliver(newNativeConn(tcp, came, s.config.StallTimeout, limited.closed))
+	})
 	s.http.ConnState = limited.changed
 	failed := make(chan error, 1)
+	go s.native.Serve(native)
 	go func() { failed <- s.http.Serve(limited) }()
 	select {
 	case err := <-failed:
+		s.native.Stop()
 		return err
 	case <-ctx.Done():
 	}
@@ -202,18 +213,32 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	listener.Close()
 	<-failed // or Shutdown would close the listener once more, and fail
 	// http.Server.Shutdown would close idle connections now and drop what comes on the others
-	// without a word, so it comes only after the last request.
+	// without a word, so it comes only after the last request; so would GracefulStop.
 	if s.requests.Load() > 0 {
 		select {
 		case <-s.idle:
 		case <-grace.Done():
 		}
 	}
+	limited.greeter.close()
+	stopped := make(chan struct{})
+	go func() {
+		s.native.GracefulStop()
+		close(stopped)
+	}()
 	err := s.http.Shutdown(grace)
+	select {
+	case <-stopped:
+	case <-grace.Done():
+		if err == nil && s.requests.Load() > 0 {
+			err = grace.Err()
+		}
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		s.log.Warn("requests in flight did not finish in time and were cut", "requests", s.requests.Load())
 		err = s.http.Close()
 	}
+	s.native.Stop()
 	// Not GracefulStop: behind ServeHTTP it would close streams at once, and net/http has waited.
 	s.grpc.Stop()
 	return err
