@@ -37,7 +37,7 @@ type limitedListener struct {
 	refusals chan struct{}
 	refused  func(net.Conn)
 	greeter  *greeter
-	idle     idleTimers
+	idle     idleConns
 }
 
 func newLimitedListener(listener net.Listener, most int, idle time.Duration, refused func(net.Conn)) *limitedListener {
@@ -46,7 +46,7 @@ func newLimitedListener(listener net.Listener, most int, idle time.Duration, ref
 		most:     int64(most),
 		refusals: make(chan struct{}, maxRefusals),
 		refused:  refused,
-		idle:     idleTimers{timeout: idle, timers: map[net.Conn]*time.Timer{}},
+		idle:     idleConns{timeout: idle, since: map[net.Conn]time.Time{}},
 	}
 }
 
@@ -90,26 +90,51 @@ func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
 // closed is told when a connection was closed.
 func (l *limitedListener) closed() { l.open.Add(-1) }
 
-// idleTimers close connections that are idle for too long.
+// connKey is the key of a request's connection in its context.
+type connKey struct{}
+
+// idleConns closes connections that are idle for too long.
 //
 // net/http could do that itself. But where an HTTP/2 connection ends in the middle of a request, it starts
 // the timer of the connection anew after it stopped it, and so keeps all memory of the connection until the
-// timer fires.
-type idleTimers struct {
+// timer fires. And one timer for all is cheaper than one that each request stops and starts.
+type idleConns struct {
 	timeout time.Duration
 	mu      sync.Mutex
-	timers  map[net.Conn]*time.Timer
+	since   map[net.Conn]time.Time
+	timer   *time.Timer // runs while a connection is idle
 }
 
-func (i *idleTimers) changed(conn net.Conn, state http.ConnState) {
+func (i *idleConns) changed(conn net.Conn, state http.ConnState) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if timer, idle := i.timers[conn]; idle {
-		timer.Stop()
-		delete(i.timers, conn)
+	if state != http.StateIdle {
+		delete(i.since, conn)
+		return
 	}
-	if state == http.StateIdle {
-		i.timers[conn] = time.AfterFunc(i.timeout, func() { conn.Close() })
+	i.since[conn] = time.Now()
+	if i.timer == nil {
+		i.timer = time.AfterFunc(i.timeout, i.look)
+	}
+}
+
+// look closes the connections that are idle for too long, and comes back when the next one may be, but not
+// all the time.
+func (i *idleConns) look() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	next := i.timeout
+	for conn, since := range i.since {
+		if left := i.timeout - time.Since(since); left <= 0 {
+			delete(i.since, conn)
+			go conn.Close() // which tells changed, in the end
+		} else {
+			next = min(next, left)
+		}
+	}
+	i.timer = nil
+	if len(i.since) > 0 {
+		i.timer = time.AfterFunc(max(next, i.timeout/100), i.look)
 	}
 }
 

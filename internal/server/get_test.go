@@ -1,6 +1,8 @@
 package server_test
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"mime"
@@ -451,4 +453,35 @@ type fileSender struct {
 func (f *fileSender) ReadFrom(r io.Reader) (int64, error) {
 	f.from = r
 	return io.Copy(f.ResponseRecorder, r)
+}
+
+// TestPipelined asks for artifacts of many sizes on one connection without waiting, and gets them in order:
+// from memory, where a small one is sent together with its header, and from files.
+func TestPipelined(t *testing.T) {
+	for name, config := range map[string]setup{"memory": {store: &cachetest.Memory{}}, "files": {}} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, config)
+			var artifacts [][]byte
+			var requests strings.Builder
+			for _, size := range []int{0, 1, 500, 510, 900, 2500, 3000, 12000, 14000, 14500, 15000, 16000, 16384, 20000, 70000, 1} {
+				key := cachetest.Key(fmt.Sprint(len(artifacts)))
+				artifacts = append(artifacts, cachetest.Random(key, size))
+				s.put(t, key, artifacts[len(artifacts)-1])
+				fmt.Fprintf(&requests, "GET /v1/artifacts/%s HTTP/1.1\r\nHost: x\r\n\r\n", key)
+			}
+			conn := dial(t, s)
+			conn.send(requests.String())
+			in := bufio.NewReader(conn)
+			for _, want := range artifacts {
+				response, err := http.ReadResponse(in, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := io.ReadAll(response.Body)
+				if err != nil || !bytes.Equal(got, want) {
+					t.Errorf("got %d bytes, %v; want the %d of the artifact", len(got), err, len(want))
+				}
+			}
+		})
+	}
 }

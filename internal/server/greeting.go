@@ -87,6 +87,30 @@ type clearConn struct {
 	greeter   *greeter
 	greeting  *greeting   // nil when what comes is net/http's as it is
 	delivered atomic.Bool // to gRPC, and so net/http's no more, which reads the end
+	held      *[]byte     // what is to be written together, nil if nothing is held
+}
+
+// heldBytes are buffers for what is held.
+var heldBytes = sync.Pool{New: func() any { return new([]byte) }}
+
+// hold keeps what is written until release writes it at once.
+func (c *clearConn) hold() { c.held = heldBytes.Get().(*[]byte) }
+
+func (c *clearConn) release() error {
+	held := c.held
+	c.held = nil
+	_, err := c.TCPConn.Write(*held)
+	*held = (*held)[:0]
+	heldBytes.Put(held)
+	return err
+}
+
+func (c *clearConn) Write(p []byte) (int, error) {
+	if c.held != nil {
+		*c.held = append(*c.held, p...)
+		return len(p), nil
+	}
+	return c.TCPConn.Write(p)
 }
 
 func (c *clearConn) Read(p []byte) (int, error) {

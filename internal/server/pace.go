@@ -6,6 +6,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -19,13 +20,16 @@ var errTooSlow = errors.New("the client is too slow")
 // given up. So a transfer of n bytes is waited for no longer than stock + n/rate in all, whatever its
 // size is said to be, and no more than the stock at a time. What the server itself takes does not count.
 //
-// Only when the client is given up is a deadline set on the connection or stream: deadlines of net/http's
-// HTTP/2 strike whether or not anybody waits, so one that is set beforehand would punish a client for
-// the time that the server takes.
+// Only when the client is given up is a deadline set on a stream: deadlines of net/http's HTTP/2 strike
+// whether or not anybody waits, so one that is set beforehand would punish a client for the time that the
+// server takes. Those of a connection strike who waits, and cost less than a timer.
 type pace struct {
 	most   time.Duration         // of the stock
 	rate   int64                 // bytes per second
 	expire func(time.Time) error // sets the deadline
+	// waits says that the deadline strikes only who waits, and so can be set beforehand. Who is given up
+	// by it is not told why.
+	waits bool
 	// progress returns how many bytes came of a transfer before its end, if that can be known.
 	progress func() int
 
@@ -55,9 +59,16 @@ func (p *pace) begin(n int) {
 	defer p.mu.Unlock()
 	p.began = time.Now()
 	p.deadline = p.began.Add(p.left + p.worth(n))
+	switch early := p.deadline.Sub(p.fires); {
+	case p.stopped:
+	case p.waits:
+		if p.fires.IsZero() || early < 0 || early > p.most/16 {
+			p.fires = p.deadline
+			p.expire(p.fires)
+		}
 	// Most transfers are over at once, so the timer of an earlier one is left as it is if it fires
 	// soon enough.
-	if !p.stopped && (p.fires.IsZero() || p.fires.After(p.deadline)) {
+	case p.fires.IsZero() || early < 0:
 		p.arm()
 	}
 }
@@ -68,6 +79,13 @@ func (p *pace) end(n int) {
 	defer p.mu.Unlock()
 	p.left = min(p.most, p.left+p.worth(n)-time.Since(p.began))
 	p.began = time.Time{}
+}
+
+// set says whether a deadline is set that leaves enough time for one more transfer.
+func (p *pace) set() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.waits && time.Until(p.fires) > p.most/2
 }
 
 func (p *pace) arm() {
@@ -150,6 +168,7 @@ type pacedWriter struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	pace    *pace
+	conn    *clearConn // of HTTP/1 in clear text, else nil
 }
 
 // Unwrap is for http.ResponseController.
@@ -157,8 +176,32 @@ func (w *pacedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *pacedWriter) Write(p []byte) (int, error) {
 	w.pace.begin(len(p))
-	n, err := w.ResponseWriter.Write(p)
+	n, err := w.write(p)
 	w.pace.end(n)
+	return n, err
+}
+
+const (
+	// headerBuffer is less than what net/http has room for before it sends a header.
+	headerBuffer = 2 << 10
+	// togetherSize is the most bytes of a body that are sent together with the header.
+	togetherSize = 16 << 10
+)
+
+// write sends the header and a whole small body at once, which net/http does in two parts if its buffer
+// has not room for both. A part costs as much as all else that is done for a small artifact.
+func (w *pacedWriter) write(p []byte) (n int, err error) {
+	if w.conn == nil || len(p) < headerBuffer || len(p) > togetherSize || w.Header().Get("Content-Length") != strconv.Itoa(len(p)) {
+		return w.ResponseWriter.Write(p)
+	}
+	w.conn.hold()
+	n, err = w.ResponseWriter.Write(p)
+	if err == nil {
+		err = w.control.Flush()
+	}
+	if err = errors.Join(err, w.conn.release()); err != nil {
+		n = 0
+	}
 	return n, err
 }
 
@@ -201,20 +244,26 @@ func (w *pacedWriter) ReadFrom(r io.Reader) (sent int64, err error) {
 }
 
 // paceRequest bounds what the client of a request takes and what it sends, but for the bodies of
-// uploads and calls, which have a pace of their own. What it returns must be called when the request
-// was handled.
-func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) (paced *pacedWriter, handled func()) {
+// uploads and calls, which have a pace of their own. The writer must be told when the request was handled.
+func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) *pacedWriter {
 	control := http.NewResponseController(w)
 	if r.ProtoMajor == 1 && r.Body != http.NoBody {
 		// A body that no handler reads net/http does, before it answers.
 		control.SetReadDeadline(time.Now().Add(s.config.StallTimeout))
 	}
-	paced = &pacedWriter{w, control, newPace(s.config.StallTimeout, s.config.MinDownloadRate, control.SetWriteDeadline)}
-	return paced, func() {
-		// A deadline of a stream that has ended net/http would keep, and the connection with it.
-		if paced.pace.stop("take") == nil && !isGRPC(r) && r.Context().Err() == nil {
-			control.SetWriteDeadline(time.Now().Add(s.config.StallTimeout)) // what is buffered is sent now
-		}
+	paced := &pacedWriter{ResponseWriter: w, control: control, pace: newPace(s.config.StallTimeout, s.config.MinDownloadRate, control.SetWriteDeadline)}
+	if r.ProtoMajor == 1 {
+		paced.pace.waits = true
+		paced.conn, _ = r.Context().Value(connKey{}).(*clearConn)
+	}
+	return paced
+}
+
+// handled bounds the time for what net/http still has to send.
+func (w *pacedWriter) handled(r *http.Request) {
+	// A deadline of a stream that has ended net/http would keep, and the connection with it.
+	if w.pace.stop("take") == nil && !isGRPC(r) && r.Context().Err() == nil && !w.pace.set() {
+		w.control.SetWriteDeadline(time.Now().Add(w.pace.most))
 	}
 }
 

@@ -120,6 +120,9 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 			MaxConcurrentStreams: config.MaxStreams,
 			WriteByteTimeout:     config.StallTimeout, // of the connection, beside that of each stream
 		},
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		// OPTIONS * too is a path that there is not.
 		DisableGeneralOptionsHandler: true,
 
@@ -165,8 +168,8 @@ func (s *Server) track(next http.Handler) http.Handler {
 		if s.notDraining() != nil {
 			w.Header().Set("Connection", "close") // over HTTP/2, net/http makes a GOAWAY of it
 		}
-		paced, handled := s.paceRequest(w, r)
-		defer handled()
+		paced := s.paceRequest(w, r)
+		defer paced.handled(r)
 		next.ServeHTTP(paced, r)
 	})
 }
