@@ -31,6 +31,15 @@ func Key(seed string) artifact.Key {
 // it. Its package is "web", its task "build", its command "npm run build", made at Unix time
 // 1700000000.
 func Sound(key artifact.Key, files map[string]string) []byte {
+	return Compress(append(Metadata(key), body(files)...))
+}
+
+// Rest returns all of what Sound does but the metadata.json, as a frame of its own. Behind a frame of
+// that it makes an artifact, for any key.
+func Rest(files map[string]string) []byte { return Compress(body(files)) }
+
+// body returns the archive of the files and their manifest, and its end.
+func body(files map[string]string) []byte {
 	hashes := map[string]string{}
 	total := 0
 	archive := []byte{}
@@ -39,7 +48,7 @@ func Sound(key artifact.Key, files map[string]string) []byte {
 		total += len(files[path])
 		archive = append(archive, File("outputs/"+path, files[path])...)
 	}
-	return Compress(Tar(Metadata(key), Manifest(hashes, total), archive))
+	return Tar(Manifest(hashes, total), archive)
 }
 
 // Random returns a sound artifact with one file, data.bin, of size bytes that do not compress. The
