@@ -29,8 +29,8 @@ type Capacity struct {
 }
 
 const (
-	// slotOverhead is what a verification takes beside its window.
-	slotOverhead = 1 << 20
+	// slotOverhead is what a verification takes beside its window, and the upload that it is of.
+	slotOverhead = 2 << 20
 	// documentFactor is how many times its size a document takes, as text and as what was read of it.
 	documentFactor = 4
 	// entryOverhead is what an entry of an archive takes beside its name, in bytes.

@@ -75,7 +75,7 @@ func (i *inspections) want(t *testing.T, reading, sound, busy, failed int64) {
 // newInspections has room for four inspections at once; three may wait, for five seconds.
 func newInspections() *inspections {
 	limits := artifact.DefaultLimits
-	limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 3, QueueTimeout: 5 * time.Second}
+	limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 10 << 20, Queue: 3, QueueTimeout: 5 * time.Second}
 	return &inspections{verifier: artifact.NewVerifier(limits), open: make(chan struct{})}
 }
 
@@ -190,8 +190,8 @@ func (h *halfway) Read(p []byte) (int, error) {
 
 func TestSlots(t *testing.T) {
 	limits := artifact.DefaultLimits
-	if n := limits.Slots(); n != 28 {
-		t.Errorf("the default limits admit %d at once, want 28", n)
+	if n := limits.Slots(); n != 25 {
+		t.Errorf("the default limits admit %d at once, want 25", n)
 	}
 	if limits.Memory < limits.LeastMemory() {
 		t.Errorf("the default memory of %d bytes is less than %d", limits.Memory, limits.LeastMemory())
@@ -207,7 +207,7 @@ func TestSlots(t *testing.T) {
 func TestSilentOnesTakeHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limits := artifact.DefaultLimits
-		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 0, QueueTimeout: time.Second}
+		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 10 << 20, Queue: 0, QueueTimeout: time.Second}
 		if limits.Memory < limits.LeastMemory() {
 			limits.ManifestSize = 1 << 20
 		}
@@ -282,7 +282,7 @@ func TestWaitingTakeMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limits := artifact.DefaultLimits
 		limits.ManifestSize = 1 << 20
-		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 9 << 20, Queue: 1000, QueueTimeout: time.Second}
+		limits.Capacity = artifact.Capacity{Memory: 2 * 4 * 10 << 20, Queue: 1000, QueueTimeout: time.Second}
 		v := artifact.NewVerifier(limits)
 		for range 10 { // four have taken all places, and others wait; all must be given back
 			var releases []func()
@@ -308,8 +308,8 @@ func TestWaitingTakeMemory(t *testing.T) {
 				crowded++
 			}
 			waiting = 100 - crowded
-			if waiting != 8 { // of 36 MiB, less what the four hold
-				t.Errorf("%d wait, and for %d there is no memory; want 8", waiting, crowded)
+			if waiting != 9 { // of 40 MiB, less what the four hold
+				t.Errorf("%d wait, and for %d there is no memory; want 9", waiting, crowded)
 			}
 			for range waiting {
 				if err := <-gone; !errors.Is(err, artifact.ErrBusy) {

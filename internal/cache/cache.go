@@ -7,13 +7,17 @@
 //	                       ├ refuse what is known already: size, existence, before a byte is read
 //	                       ├ Verifier.Admit: wait for others to end, within bounds
 //	                       ├ Store.Create → an Upload that nobody can see; Abort is the only cleanup
-//	                       ├ intake: limit → count → SHA-256 → write to the Upload → hand on
 //	                       ├ Verifier.Verify pulls: zstd → tar → hash each file → manifest and key agree
+//	                       │   ↑
+//	                       ├ intake: limit → count → hand on
+//	                       │   ↓
+//	                       ├ behind: SHA-256 → write to the Upload, meanwhile, if it is more than a buffer
 //	                       └ Upload.Commit: exactly one winner, and what it stored is durable
 //
 // Three things can go wrong with an upload: the client hangs up, the store fails, the artifact is
 // not sound. The intake remembers the first fault and its side, so that a full disk is never reported
-// as a broken archive.
+// as a broken archive. The body is read only when the verifier asks for more, so what is found unsound
+// is refused at once. The store may fail later than that, but only with bytes that were read before.
 //
 // A download is Cache.Get: the artifact's bytes as an open file, and what is known of it.
 package cache
@@ -141,8 +145,9 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 	defer upload.Abort()
 
 	in := &intake{cache: c, body: body, declared: size, upload: upload, hash: sha256.New()}
+	defer in.close() // before Abort, whatever happens
 	contents, err := c.verifier.Verify(in, key)
-	if in.err != nil {
+	if in.close(); in.err != nil {
 		return artifact.Info{}, in.err
 	}
 	if err != nil {
@@ -206,10 +211,11 @@ type intake struct {
 	declared int64 // or UnknownSize
 	upload   Upload
 
-	hash hash.Hash
-	size int64
-	end  error // of the body, once it came
-	err  error
+	hash   hash.Hash
+	size   int64
+	behind *behind // hashes and stores, if it is more than a buffer
+	end    error   // of the body, once it came
+	err    error
 }
 
 // Read hands on the bytes that come with the end of the body before the end, so that what is wrong
@@ -237,13 +243,40 @@ func (in *intake) Read(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// take counts, hashes and stores the next bytes.
+// take counts the next bytes and has them hashed and stored.
 func (in *intake) take(p []byte) error {
 	in.size += int64(len(p))
 	if in.size > in.cache.config.MaxSize {
 		return in.cache.tooLarge()
 	}
+	if in.behind == nil {
+		if in.size <= behindSize {
+			return in.store(p)
+		}
+		in.behind = newBehind(in.store)
+	}
+	if !in.behind.write(p) {
+		in.close()
+		return in.err
+	}
+	return nil
+}
+
+// store hashes and stores the next bytes.
+func (in *intake) store(p []byte) error {
 	in.hash.Write(p)
 	_, err := in.upload.Write(p)
 	return err
+}
+
+// close waits until all that was taken is stored. If it can't be, that is the first fault: the store
+// has not been given more than was read before any other.
+func (in *intake) close() {
+	if in.behind == nil {
+		return
+	}
+	if err := in.behind.close(); err != nil {
+		in.err = err
+	}
+	in.behind = nil
 }
