@@ -34,6 +34,9 @@ func tiny(key artifact.Key) []byte {
 	return cachetest.Sound(key, map[string]string{"stdout.txt": "done"})
 }
 
+// large returns an artifact of which a part is on its way to the disk while the rest is written.
+func large(key artifact.Key) []byte { return cachetest.Random(key, 9<<20) }
+
 // A table of faults lists the calls that a server makes on files for one request, in order; a call that
 // is repeated at once stands there once. The faults of each call follow, with the outcome of each: a
 // status; "cut" for a connection that was; how the server ended. That of "kill" is the status of
@@ -98,6 +101,39 @@ renameat aa/bb/KEY.json    EIO=201
 openat aa/bb               EMFILE=503
 fsync aa/bb                EIO=500
 close aa/bb                EIO=500
+`
+
+// largeFaults is an upload whose way to the disk begins before it is there as a whole, or does not: only
+// fsync promises that it ends.
+const largeFaults = `
+newfstatat aa/bb/KEY.zst
+statfs .
+openat tmp/1
+write tmp/1
+sync_file_range tmp/1      EIO=201 ENOSPC=201 ESPIPE=201 ENOSYS=201 kill=201
+write tmp/1                ENOSPC=507 EIO=500 none=500 short=500 kill=201
+utimensat tmp/1
+fsync tmp/1                EIO=500 ENOSPC=507
+fstat tmp/1
+mkdirat aa
+openat .
+fsync .
+close .
+mkdirat aa/bb
+openat aa
+fsync aa
+close aa
+linkat aa/bb/KEY.zst
+close tmp/1
+unlinkat tmp/1
+openat tmp/2
+write tmp/2
+close tmp/2
+newfstatat aa/bb/KEY.json
+renameat aa/bb/KEY.json
+openat aa/bb
+fsync aa/bb
+close aa/bb
 `
 
 // existingFaults is an upload of what is stored: it is refused, or nobody knows.
@@ -438,6 +474,7 @@ func TestFaults(t *testing.T) {
 		{"put", putFaults, true, nil, (*faultRig).put, "201", "409"},
 		{"grpc", putFaults, false, nil, (*faultRig).putGRPC, "201", "409"},
 		{"chunked", chunkedFaults, false, nil, (*faultRig).putChunked, "201", "409"},
+		{"large", largeFaults, true, nil, (*faultRig).put, "201", "409"},
 		{"existing", existingFaults, true, store, (*faultRig).put, "409", "409"},
 		{"get", getFaults, true, store, (*faultRig).get, "200", "409"},
 		{"head", headFaults, false, store, (*faultRig).head, "200", "409"},
@@ -466,8 +503,11 @@ func TestFaults(t *testing.T) {
 			t.Parallel()
 			root := t.TempDir()
 			r := &faultRig{root: root, dir: filepath.Join(root, "store"), data: several}
-			if test.name == "chunked" {
+			switch test.name {
+			case "chunked":
 				r.data = tiny
+			case "large":
+				r.data = large
 			}
 			r.traced = start(t, r.dir)
 			control := r.newKey(t)

@@ -222,7 +222,7 @@ var (
 
 // fileCalls are the calls that are made on files, some of them on sockets too. fcntl is not among
 // them: Go makes it for each file that it opens, and does without it.
-const fileCalls = "openat,read,?readv,pread64,write,?writev,pwrite64,close,fsync,fdatasync,linkat,unlinkat,renameat,renameat2," +
+const fileCalls = "openat,read,?readv,pread64,write,?writev,pwrite64,close,fsync,fdatasync,sync_file_range,linkat,unlinkat,renameat,renameat2," +
 	"mkdirat,newfstatat,fstat,statx,lseek,ftruncate,fallocate,utimensat,getdents64,statfs,fstatfs,flock,sendfile,copy_file_range,splice"
 
 // pathCalls are those that are never made on sockets, so all of them can fail.

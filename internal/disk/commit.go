@@ -20,6 +20,9 @@ package disk
 //	    client has no answer yet, so both outcomes are true to what it knows.
 //	[3] The artifact.
 //
+// While much is written, its way to the disk is begun with sync_file_range where there is that, which
+// promises nothing but leaves fsync less to wait for.
+//
 // Where durability is "none" there is no fsync. A crash of the server alone leaves what is said here
 // all the same, since what was written is with the operating system; a power cut may take what was
 // acknowledged. See durability.go for why what it damages is not served.
@@ -53,7 +56,12 @@ type upload struct {
 	key      artifact.Key
 	file     *os.File // nil once it is committed or aborted
 	promised int64    // bytes that are still to be written
+	written  int64
+	begun    int64 // of what is written, what is on its way to the disk
 }
+
+// writebackSize is how many bytes are written before their way to the disk is begun.
+const writebackSize = 8 << 20
 
 // Write asks for the space of what was not declared. What is written counts as taken on the file
 // system itself.
@@ -66,6 +74,11 @@ func (u *upload) Write(p []byte) (int, error) {
 	}
 	n, err := u.file.Write(p)
 	u.keep(int64(n))
+	u.written += int64(n)
+	if u.store.synced && u.written-u.begun >= writebackSize {
+		beginWriteback(u.file, u.begun, u.written-u.begun)
+		u.begun = u.written
+	}
 	return n, translate(err)
 }
 
