@@ -17,7 +17,7 @@ import (
 // crowded has room for two uploads at once.
 func crowded(queue int, timeout time.Duration) artifact.Limits {
 	limits := artifact.DefaultLimits
-	limits.Capacity = artifact.Capacity{Memory: 2 * 2 * (limits.Window + 1<<20), Queue: queue, QueueTimeout: timeout}
+	limits.Capacity = artifact.Capacity{Memory: 2 * 2 * (limits.Window + 2<<20), Queue: queue, QueueTimeout: timeout}
 	return limits
 }
 
