@@ -104,6 +104,7 @@ func (c codec) Marshal(message any) (mem.BufferSlice, error) {
 type incoming struct {
 	request cachev1.PutArtifactRequest // if it is another
 	size    int                        // of the message
+	ahead   int                        // how much may be there of what comes behind it
 	isChunk bool
 	chunk   mem.BufferSlice // what of it was not read yet; each buffer is freed when it was
 	start   int             // where that begins in the first buffer

@@ -152,8 +152,8 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 	return c.incoming.Read(p)
 }
 
-// Buffered is how many bytes are there that were not read yet.
-func (c *chunkReader) Buffered() int { return c.left() }
+// Buffered is how many bytes are, or may be, there that were not read yet.
+func (c *chunkReader) Buffered() int { return c.left() + c.ahead }
 
 func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, stream grpc.ServerStreamingServer[cachev1.GetArtifactResponse]) error {
 	key, err := a.key(request.GetCacheKey())

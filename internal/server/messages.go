@@ -22,7 +22,7 @@ const (
 	messagesAhead = 2
 )
 
-// messages is the body of a gRPC call, read message by message.
+// messages is the body of a gRPC call on a connection of net/http, read message by message.
 //
 // Behind ServeHTTP, grpc-go reads the body as fast as it comes and keeps all of it until it is asked
 // for: a client that sends faster than artifacts are verified would fill the memory. It also spends a

@@ -21,15 +21,15 @@ import (
 
 const (
 	// streamWindow is how much of an upload may come before it is asked for. While a message is waited
-	// for, all of it may come.
+	// for, all of it may come. With less, uploads over long distances would be slower.
 	streamWindow = 256 << 10
 	// connWindow is how much may come on a connection before the server says that it has taken it, which
 	// it does at once.
 	connWindow = 1 << 20
-	// readBuffer and writeBuffer are the sizes of a connection's buffers. It keeps the one for reading while
-	// it is idle.
+	// readBuffer and writeBuffer are the sizes of a connection's buffers. It keeps the first while it is
+	// idle, and has the second only while it sends.
 	readBuffer  = 8 << 10
-	writeBuffer = 32 << 10
+	writeBuffer = 128 << 10
 	// leastPingInterval is how often a client may ping the server.
 	leastPingInterval = 5 * time.Second
 	// maxGivenUp is how many downloads may be given up on one connection while others are in progress.
@@ -283,6 +283,7 @@ func (c *call) RecvMsg(message any) error {
 	size := 0
 	if isUpload && err == nil {
 		size = max(0, in.size-int(c.credited.Load()))
+		in.ahead = streamWindow
 	}
 	c.receiving.end(size)
 	c.conn.waiting.Add(-1)

@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"testing"
 	"time"
@@ -120,5 +121,40 @@ func TestUploadsWait(t *testing.T) {
 		if err := <-finished; err != nil {
 			t.Error("an upload that waited:", err)
 		}
+	}
+}
+
+// TestWaitingUploadsAreCharged has more uploads that wait than there is memory for what gRPC may receive of
+// them meanwhile.
+func TestWaitingUploadsAreCharged(t *testing.T) {
+	limits := crowded(1000, time.Hour)
+	limits.ManifestSize, limits.MetadataSize, limits.Files = 64<<10, 64<<10, 1000 // or one artifact could need more
+	s := startServer(t, setup{limits: limits})
+	var uploads []halfUpload
+	conn := newGRPC(t, s)
+	for i := range 2 {
+		key := cachetest.Key(fmt.Sprint("in progress ", i))
+		uploads = append(uploads, halfGRPC(t, conn, key, cachetest.Random(key, 100_000)))
+		waitUntil(t, "the upload begins", func() bool { return s.uploadsInProgress() == i+1 })
+	}
+	const many = 100 // of which the memory has room for 67
+	for i := range many {
+		key := cachetest.Key(fmt.Sprint("waiting ", i))
+		uploads = append(uploads, halfGRPC(t, conn, key, cachetest.Random(key, 40_000)))
+	}
+	refused := func() int { return len(s.log.find(slog.LevelWarn, "no memory for one more")) }
+	waitUntil(t, "some are refused", func() bool { return refused() > 0 && s.Requests() == len(uploads)-refused() })
+	ended := make(chan error)
+	for _, upload := range uploads {
+		go func() { ended <- upload.finish() }()
+	}
+	failed := 0
+	for range uploads {
+		if err := <-ended; err != nil {
+			failed++
+		}
+	}
+	if failed != refused() || failed < many/4 {
+		t.Errorf("%d uploads failed, and %d were refused; want about a third", failed, refused())
 	}
 }
