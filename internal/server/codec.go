@@ -2,6 +2,7 @@ package server
 
 import (
 	"io"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc/encoding"
@@ -49,10 +50,8 @@ func (b *bufferPool) Get(length int) *[]byte {
 
 // Put implements mem.BufferPool.
 func (b *bufferPool) Put(buf *[]byte) {
-	for i, size := range bufferSizes {
-		if cap(*buf) == size {
-			b[i].Put(buf)
-		}
+	if i := slices.Index(bufferSizes[:], cap(*buf)); i >= 0 {
+		b[i].Put(buf)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/proto"
@@ -303,6 +304,7 @@ func TestNativeIdle(t *testing.T) {
 	began := time.Now()
 	conn.Connect()
 	<-ended
+	conn.WaitForStateChange(t.Context(), connectivity.Ready) // or the next call may be made on what has ended
 	if took := time.Since(began); took < 4*stall {
 		t.Errorf("the server let an idle client go after %v", took)
 	}
@@ -311,6 +313,7 @@ func TestNativeIdle(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ended
+	conn.WaitForStateChange(t.Context(), connectivity.Ready)
 	if _, err := stat(keyA)(t.Context(), client); err != nil {
 		t.Errorf("a call behind an idle time: %v", err)
 	}

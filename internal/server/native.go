@@ -2,7 +2,9 @@ package server
 
 import (
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -154,9 +156,10 @@ func newNativeConn(tcp *net.TCPConn, came []byte, writeTimeout time.Duration, cl
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
-		defer c.mu.Unlock()
-		for call := range c.calls {
-			call.sending.stop("take") // or its timer would keep all that was to be sent
+		calls := slices.Collect(maps.Keys(c.calls))
+		c.mu.Unlock()
+		for _, call := range calls {
+			call.lose()
 		}
 		return tcp.Close()
 	})
@@ -202,7 +205,7 @@ func (c *nativeConn) begin(call *call) {
 
 // end says that all of a call was sent, or that the client does not take it. In that case gRPC keeps what
 // is to be sent for as long as the connection is open, so this is closed: at once, or when the other calls
-// on it have ended.
+// on it have ended. For a call that was given up it may be called twice.
 func (c *nativeConn) end(call *call, givenUp bool) {
 	c.mu.Lock()
 	delete(c.calls, call)
@@ -240,6 +243,7 @@ func (c connCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 // waiting for a message, and how long it may leave untaken what is sent to it.
 type call struct {
 	grpc.ServerStream
+	server    *Server
 	conn      *nativeConn
 	receiving *pace
 	sending   *pace
@@ -251,7 +255,8 @@ type call struct {
 	mu      sync.Mutex
 	owed    int  // bytes that were sent and not taken
 	handled bool // no more will be sent
-	over    bool // the connection was told so
+	lost    bool // what is owed will never be taken
+	over    bool
 }
 
 // serveCall handles one call.
@@ -262,8 +267,7 @@ func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(
 		s.log.Log(ctx, LevelTrace, "request", "client", client.Addr, "protocol", "HTTP/2.0", "method", "POST", "path", method)
 	}
 	s.requests.Add(1)
-	defer s.requestDone()
-	c := &call{ServerStream: stream, conn: client.AuthInfo.(connInfo).conn}
+	c := &call{ServerStream: stream, server: s, conn: client.AuthInfo.(connInfo).conn}
 	c.receiving = newPace(s.config.StallTimeout, s.config.MinUploadRate, c.sendsTooSlowly)
 	c.receiving.progress = c.progress
 	c.sending = newPace(s.config.StallTimeout, s.config.MinDownloadRate, c.takesTooSlowly)
@@ -321,13 +325,8 @@ func (c *call) sendsTooSlowly(time.Time) error {
 func (c *call) takesTooSlowly(time.Time) error {
 	go func() {
 		c.giveUp(c.sending.tooSlow("take"))
-		c.mu.Lock()
-		over := c.over
-		c.over = true
-		c.mu.Unlock()
-		if !over {
-			c.conn.end(c, true)
-		}
+		c.conn.end(c, true)
+		c.lose()
 	}()
 	return nil
 }
@@ -394,11 +393,22 @@ func (c *call) end() {
 	c.settle()
 }
 
-// settle tells the connection if nothing is to be sent any more. It is called with c.mu locked.
+// lose says that what is owed will never be taken.
+func (c *call) lose() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lost = true
+	c.sending.stop("take") // or its timer would keep all that was to be sent
+	c.settle()
+}
+
+// settle ends the call when all of it was sent, or lost: until then it is in flight. It is called with c.mu
+// locked.
 func (c *call) settle() {
-	if c.handled && c.owed == 0 && !c.over {
+	if c.handled && (c.owed == 0 || c.lost) && !c.over {
 		c.over = true
 		c.sending.stop("take")
 		c.conn.end(c, false)
+		c.server.requestDone()
 	}
 }

@@ -235,11 +235,20 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		close(stopped)
 	}()
 	err := s.http.Shutdown(grace)
-	select {
-	case <-stopped:
-	case <-grace.Done():
-		if err == nil && s.requests.Load() > 0 {
-			err = grace.Err()
+	// A client that does not answer to the GOAWAY is waited for only if it has a call in flight.
+	last := time.NewTimer(closeDelay)
+	defer last.Stop()
+	for waiting := true; waiting; {
+		select {
+		case <-stopped:
+			waiting = false
+		case <-last.C:
+			waiting = s.requests.Load() > 0
+		case <-grace.Done():
+			waiting = false
+			if err == nil && s.requests.Load() > 0 {
+				err = grace.Err()
+			}
 		}
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
