@@ -57,7 +57,6 @@ func (s *Server) newNative() *grpc.Server {
 		grpc.StaticConnWindowSize(connWindow),
 		grpc.ReadBufferSize(readBuffer),
 		grpc.WriteBufferSize(writeBuffer),
-		grpc.SharedWriteBuffer(true),
 	)
 	s.register(&nativeRegistrar{server, s})
 	return server
