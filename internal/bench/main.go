@@ -68,6 +68,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	for name, value := range map[string]int64{"rounds": int64(s.rounds), "duration": int64(s.duration), "large": s.large, "huge": s.huge, "idle": int64(s.idle), "artifacts": int64(s.artifacts)} {
+		if value <= 0 {
+			return fmt.Errorf("-%s is %s; it must be more than 0", name, flags.Lookup(name).Value)
+		}
+	}
 	var chosen []row
 	for _, row := range rows {
 		if len(flags.Args()) == 0 || containsAny(row.name, flags.Args()) {

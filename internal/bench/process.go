@@ -102,6 +102,7 @@ func start(cmd *exec.Cmd, where *regexp.Regexp) (*process, error) {
 // nginxConfig sends files by the rules of Debian's own configuration, but for what would be unfair: it
 // writes no log, and keeps connections for as many requests as come.
 const nginxConfig = `daemon off;
+%[4]s
 worker_processes auto;
 pid %[1]s/nginx.pid;
 error_log stderr crit;
@@ -138,18 +139,16 @@ func (b *bench) startNginx(ctx context.Context, root string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Its workers run as another user.
-	for _, path := range []string{b.dir, dir} {
-		if err := os.Chmod(path, 0o755); err != nil {
-			return nil, err
-		}
+	user := ""
+	if os.Geteuid() == 0 { // its workers would run as somebody else, who can't read the files
+		user = "user root;"
 	}
 	port, err := freePort()
 	if err != nil {
 		return nil, err
 	}
 	config := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, nginxConfig, dir, port, root), 0o644); err != nil {
+	if err := os.WriteFile(config, fmt.Appendf(nil, nginxConfig, dir, port, root, user), 0o644); err != nil {
 		return nil, err
 	}
 	p := &process{cmd: exec.CommandContext(ctx, program, "-e", "stderr", "-c", config), output: new(tail), ended: make(chan error, 1)}

@@ -151,6 +151,22 @@ func (b *bench) loaded(p *process, l *load.Load, unit unit, bytes int64) side {
 	}
 }
 
+// emptied is a side after whose turns the storage directory is emptied behind the server's back: what the
+// disk and the memory hold of one turn would make the next one slower, or fill them.
+func emptied(s side, dir string) side {
+	return func(ctx context.Context) (turn, error) {
+		t, err := s(ctx)
+		if err != nil {
+			return t, err
+		}
+		files, err := filepath.Glob(filepath.Join(dir, "??", "??", "*"))
+		for _, file := range files {
+			err = errors.Join(err, os.Remove(file))
+		}
+		return t, err
+	}
+}
+
 // looped is a side that is a reference's loop.
 func (b *bench) looped(unit unit, bytes int64, args ...string) side {
 	return func(ctx context.Context) (turn, error) {
@@ -221,11 +237,6 @@ func (b *bench) besideNginx(ctx context.Context, work string, config load.Config
 	if err := os.MkdirAll(artifacts, 0o755); err != nil {
 		return nil, err
 	}
-	for _, path := range []string{root, dir} {
-		if err := os.Chmod(path, 0o755); err != nil {
-			return nil, err
-		}
-	}
 	if config.Operation != load.Miss {
 		for n := range int64(config.Artifacts) {
 			key := l.Key(n).String()
@@ -259,7 +270,7 @@ func (b *bench) besideVerification(ctx context.Context, work string, compressibl
 	if err != nil {
 		return nil, err
 	}
-	all, err := b.turns(ctx, b.loaded(server, l, perGB, b.large), b.looped(perGB, b.large, "verify", file), b.looped(perGB, b.large, "-dir", b.dir, "write", file))
+	all, err := b.turns(ctx, emptied(b.loaded(server, l, perGB, b.large), dir), b.looped(perGB, b.large, "verify", file), b.looped(perGB, b.large, "-dir", b.dir, "write", file))
 	if err != nil {
 		return nil, err
 	}
@@ -284,12 +295,18 @@ func (b *bench) besideCommit(ctx context.Context, work string) (lines []line, er
 	if err != nil {
 		return nil, err
 	}
+	// What the floor leaves is removed at the end only: ext4 looks for a new file's inode the longer, the
+	// more were removed within seconds.
+	floorDir, err := os.MkdirTemp(b.dir, "commit-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(floorDir)
 	floor := func(ctx context.Context) (turn, error) {
-		dir, err := os.MkdirTemp(b.dir, "commit-")
+		dir, err := os.MkdirTemp(floorDir, "turn-")
 		if err != nil {
 			return turn{}, err
 		}
-		defer os.RemoveAll(dir)
 		return b.looped(perOperation, 0, "-clients", "16", "-dir", dir, "commit", file)(ctx)
 	}
 	all, err := b.turns(ctx, b.loaded(server, l, perOperation, 0), floor)
@@ -349,7 +366,7 @@ func (b *bench) besideREST(ctx context.Context) (lines []line, err error) {
 	}
 	defer func() { err = errors.Join(err, bare.stop()) }()
 	overGRPC := l.With(func(c *load.Config) { c.GRPC = true })
-	all, err := b.turns(ctx, b.loaded(server, overGRPC, perGB, b.large), b.loaded(server, l, perGB, b.large), b.loaded(bare, overGRPC, perGB, b.large))
+	all, err := b.turns(ctx, emptied(b.loaded(server, overGRPC, perGB, b.large), dir), emptied(b.loaded(server, l, perGB, b.large), dir), b.loaded(bare, overGRPC, perGB, b.large))
 	if err != nil {
 		return nil, err
 	}
