@@ -252,7 +252,9 @@ func (g *greeting) find() {
 			g.deliver()
 			return
 		}
-		if frame.Type != http2.FrameWindowUpdate && (frame.Type != http2.FrameSettings || frame.Flags.Has(http2.FlagSettingsAck)) {
+		isSettings := frame.Type == http2.FrameSettings && frame.StreamID == 0 && frame.Length%6 == 0 && !frame.Flags.Has(http2.FlagSettingsAck)
+		isWindow := frame.Type == http2.FrameWindowUpdate && frame.Length == 4
+		if !isSettings && !isWindow {
 			break
 		}
 		g.next += size

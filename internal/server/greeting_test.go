@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -215,11 +216,7 @@ func (w *wire) sendInPieces(text string, size int) {
 // TestBrokenGreeting has connections that begin like HTTP/2 and then do not go on like it. The server
 // closes them as it closes others, and the next client is served.
 func TestBrokenGreeting(t *testing.T) {
-	s := startServer(t, setup{change: func(c *server.Config) {
-		c.HeaderTimeout = stall
-		c.IdleTimeout = 2 * stall
-	}})
-	havingA(t, s)
+	idle := map[string]time.Duration{"silence behind settings": stall, "an acknowledgement": stall} // the others are not idle
 	empty := greetingFrames(func(f *http2.Framer) { f.WriteSettings() })
 	for name, sent := range map[string]string{
 		"a part of the preface":        "PRI * HT",
@@ -237,6 +234,11 @@ func TestBrokenGreeting(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			s := startServer(t, setup{change: func(c *server.Config) {
+				c.HeaderTimeout = stall
+				c.IdleTimeout = cmp.Or(idle[name], time.Hour)
+			}})
+			havingA(t, s)
 			conn := dial(t, s)
 			conn.send(sent)
 			if _, err := io.Copy(io.Discard, conn.in); err != nil && !strings.Contains(err.Error(), "reset") { // to the end that the server makes
@@ -312,7 +314,11 @@ func TestNativeIdle(t *testing.T) {
 	if _, err := stat(keyA)(t.Context(), client); err != nil {
 		t.Fatal(err)
 	}
+	began = time.Now()
 	<-ended
+	if took := time.Since(began); took < 4*stall {
+		t.Errorf("the server let a client that had made a call go after %v", took)
+	}
 	conn.WaitForStateChange(t.Context(), connectivity.Ready)
 	if _, err := stat(keyA)(t.Context(), client); err != nil {
 		t.Errorf("a call behind an idle time: %v", err)
