@@ -151,10 +151,24 @@ fstat aa/bb/KEY.zst        EIO=500 EACCES=500
 openat aa/bb/KEY.json      EMFILE=200 ENFILE=200 EIO=200 EACCES=200 EMFILE+=503 EIO+=500
 read aa/bb/KEY.json        EIO=200 none=200
 close aa/bb/KEY.json       EIO=200
-lseek aa/bb/KEY.zst        EIO=500
 read aa/bb/KEY.zst         EIO=cut none=cut
 sendfile aa/bb/KEY.zst     EIO=cut none=cut kill=409
 close aa/bb/KEY.zst        EIO=200
+`
+
+// smallFaults is a download of an artifact that is read into memory, and againFaults one of what is there.
+const smallFaults = `
+openat aa/bb/KEY.zst       EACCES=200 EMFILE=503 EIO=500 kill=409 EMFILE+=503 EIO+=500
+fstat aa/bb/KEY.zst        EIO=500
+openat aa/bb/KEY.json      EMFILE=200 EIO=200
+read aa/bb/KEY.json        EIO=200
+close aa/bb/KEY.json       EIO=200
+pread64 aa/bb/KEY.zst      EIO=200 none=200 kill=409
+close aa/bb/KEY.zst        EIO=200
+`
+
+const againFaults = `
+newfstatat aa/bb/KEY.zst   EIO=200 EACCES=200 kill=409 EIO+=500
 `
 
 const headFaults = `
@@ -180,7 +194,6 @@ close tmp/1                EIO=200
 newfstatat aa/bb/KEY.json  EIO=200
 renameat aa/bb/KEY.json    EIO=200 ENOSPC=200 EACCES=200 kill=409
 close aa/bb/KEY.zst        EIO=200
-lseek aa/bb/KEY.zst        EIO=500
 read aa/bb/KEY.zst         EIO=cut none=cut
 sendfile aa/bb/KEY.zst     EIO=cut
 close aa/bb/KEY.zst        EIO=200
@@ -477,6 +490,11 @@ func TestFaults(t *testing.T) {
 		{"large", largeFaults, true, nil, (*faultRig).put, "201", "409"},
 		{"existing", existingFaults, true, store, (*faultRig).put, "409", "409"},
 		{"get", getFaults, true, store, (*faultRig).get, "200", "409"},
+		{"small", smallFaults, false, store, (*faultRig).get, "200", "409"},
+		{"again", againFaults, true, func(t *testing.T, r *faultRig, key artifact.Key) {
+			store(t, r, key)
+			is(t, "GET before the fault", r.get(key), "200")
+		}, (*faultRig).get, "200", "409"},
 		{"head", headFaults, false, store, (*faultRig).head, "200", "409"},
 		{"remake", remakeFaults, true, func(t *testing.T, r *faultRig, key artifact.Key) {
 			store(t, r, key)
@@ -504,7 +522,7 @@ func TestFaults(t *testing.T) {
 			root := t.TempDir()
 			r := &faultRig{root: root, dir: filepath.Join(root, "store"), data: several}
 			switch test.name {
-			case "chunked":
+			case "chunked", "small", "again":
 				r.data = tiny
 			case "large":
 				r.data = large
