@@ -15,7 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
@@ -308,5 +310,25 @@ func waitUntil(t testing.TB, what string, condition func() bool) {
 			t.Fatalf("waited in vain until %s", what)
 		}
 		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestShutdownOfSilentConnections proves that connections on which no request came do not keep the server
+// from shutting down, whatever they began with, and that one whose call is over does not either if its
+// client does not answer any more.
+func TestShutdownOfSilentConnections(t *testing.T) {
+	s := startServer(t, setup{change: func(c *server.Config) { c.ShutdownTimeout = 4 * time.Second }}) // net/http waits for 5
+	havingA(t, s)
+	for _, sent := range []string{"", "PRI", http2.ClientPreface, http2.ClientPreface + greetingFrames(func(f *http2.Framer) { f.WriteSettings() })} {
+		dial(t, s).send(sent)
+	}
+	conn := dialNative(t, s)
+	id := conn.mustOpen(false, "POST", healthpb.Health_Check_FullMethodName, callHeader...)
+	conn.send(id, make([]byte, 5), 5, true)
+	conn.wantStatus(id, codes.OK, "", "")
+	waitUntil(t, "all are accepted", func() bool { return s.conns.Load() == 5 })
+	s.stop()
+	if err := s.end(); err != nil {
+		t.Errorf("Serve returned %v", err)
 	}
 }
