@@ -461,3 +461,19 @@ func TestChunksInPieces(t *testing.T) {
 		}
 	}
 }
+
+// TestSettingsThatNobodyReads has a gRPC client that has settings acknowledged all the time, and does not
+// read that.
+func TestSettingsThatNobodyReads(t *testing.T) {
+	s := startServer(t, setup{sendBuffer: 64 << 10, change: impatient})
+	havingA(t, s)
+	conn := dial(t, s)
+	settings := greetingFrames(func(f *http2.Framer) { f.WriteSettings() })
+	g := &greeted{t: t, framer: http2.NewFramer(conn, conn.in)}
+	g.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	conn.send(http2.ClientPreface, settings)
+	g.until("the server's settings", func() bool { return g.settings == 1 })
+	conn.send(greetingFrames(func(f *http2.Framer) { f.WriteSettingsAck() }), statCall(t, true, callHeader...))
+	g.until("the answer to the call", func() bool { return g.ended[1] })
+	conn.sendUntilCut(strings.Repeat(settings, 1000))
+}
