@@ -553,6 +553,7 @@ func TestFaults(t *testing.T) {
 				for try := 1; missed != nil && try < 3; try++ {
 					t.Logf("once more, since %v", missed)
 					is(t, "without the fault", outcome, test.unfailed)
+					is(t, "PUT without the fault", r.put(key), test.after) // for it is among what must be there at the end
 					key, n, request = begin(t)
 					outcome, missed = inject(t, r.traced, n, calls, place, f.name, request)
 				}
