@@ -4,14 +4,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
@@ -60,138 +57,6 @@ var rows = []row{
 	{"scale", func(ctx context.Context, b *bench) ([]line, error) { return b.scale(ctx) }},
 }
 
-// unit is what speed and cost are counted in.
-type unit int
-
-const (
-	perOperation unit = iota
-	perGB             // of artifacts
-)
-
-// turn is what was measured in one turn.
-type turn struct {
-	speed float64 // units per second
-	cpu   float64 // processor time per unit, in seconds
-	p50   time.Duration
-}
-
-// side is one of those that take turns.
-type side func(context.Context) (turn, error)
-
-// turns lets sides take turns, each time another one first, and returns the turns of each.
-func (b *bench) turns(ctx context.Context, sides ...side) ([][]turn, error) {
-	all := make([][]turn, len(sides))
-	for round := range b.rounds {
-		for i := range sides {
-			i = (i + round) % len(sides)
-			turn, err := sides[i](ctx)
-			if err != nil {
-				return nil, err
-			}
-			all[i] = append(all[i], turn)
-		}
-	}
-	return all, nil
-}
-
-// median is the median of a figure of each turn.
-func median(turns []turn, figure func(turn) float64) float64 {
-	var all []float64
-	for _, turn := range turns {
-		all = append(all, figure(turn))
-	}
-	return middle(all)
-}
-
-// ratio is the median of the ratios of a figure in turns that stood side by side.
-func ratio(server, reference []turn, figure func(turn) float64) float64 {
-	var all []float64
-	for i, turn := range server {
-		all = append(all, figure(turn)/figure(reference[i]))
-	}
-	return middle(all)
-}
-
-func middle(all []float64) float64 {
-	slices.Sort(all)
-	return all[len(all)/2]
-}
-
-func speedOf(t turn) float64 { return t.speed }
-func cpuOf(t turn) float64   { return t.cpu }
-
-// loaded is a side that is a server under a load.
-func (b *bench) loaded(p *process, l *load.Load, unit unit, bytes int64) side {
-	l = l.With(func(c *load.Config) { c.Server, c.Duration, c.KeepAlive = p.url, b.duration, true })
-	return func(ctx context.Context) (turn, error) {
-		before, err := p.cpu()
-		if err != nil {
-			return turn{}, err
-		}
-		result, err := l.Run(ctx)
-		if err != nil {
-			return turn{}, err
-		}
-		after, err := p.cpu()
-		if err != nil {
-			return turn{}, err
-		}
-		if result.Errors > 0 {
-			return turn{}, fmt.Errorf("%d operations failed: %w", result.Errors, errors.Join(result.Problems...))
-		}
-		units := float64(result.Operations)
-		if unit == perGB {
-			units *= float64(bytes) / 1e9
-		}
-		return turn{
-			speed: units / result.Elapsed.Seconds(),
-			cpu:   (after - before).Seconds() / units,
-			p50:   time.Duration(result.Latency.ValueAtPercentile(50)),
-		}, nil
-	}
-}
-
-// emptied is a side after whose turns the storage directory is emptied behind the server's back: what the
-// disk and the memory hold of one turn would make the next one slower, or fill them.
-func emptied(s side, dir string) side {
-	return func(ctx context.Context) (turn, error) {
-		t, err := s(ctx)
-		if err != nil {
-			return t, err
-		}
-		files, err := filepath.Glob(filepath.Join(dir, "??", "??", "*"))
-		for _, file := range files {
-			err = errors.Join(err, os.Remove(file))
-		}
-		return t, err
-	}
-}
-
-// looped is a side that is a reference's loop.
-func (b *bench) looped(unit unit, bytes int64, args ...string) side {
-	return func(ctx context.Context) (turn, error) {
-		self, err := os.Executable()
-		if err != nil {
-			return turn{}, err
-		}
-		cmd := exec.CommandContext(ctx, self, append([]string{referenceArg, "-duration", b.duration.String()}, args...)...)
-		cmd.Stderr = os.Stderr
-		output, err := cmd.Output()
-		if err != nil {
-			return turn{}, err
-		}
-		var done done
-		if err := json.Unmarshal(output, &done); err != nil {
-			return turn{}, err
-		}
-		units := float64(done.Operations)
-		if unit == perGB {
-			units *= float64(bytes) / 1e9
-		}
-		return turn{speed: units / done.Elapsed.Seconds(), cpu: done.CPU.Seconds() / units}, nil
-	}
-}
-
 // prepared starts a server on an empty directory and uploads what a load asks for.
 func (b *bench) prepared(ctx context.Context, config load.Config, flags ...string) (dir string, server *process, l *load.Load, err error) {
 	if dir, err = os.MkdirTemp(b.dir, "store-"); err != nil {
@@ -210,14 +75,42 @@ func (b *bench) prepared(ctx context.Context, config load.Config, flags ...strin
 	return dir, server, l, nil
 }
 
-// artifactFile writes an artifact of a load to a file, for a reference.
-func (b *bench) artifactFile(l *load.Load) (string, error) {
+// subject is a server that is measured.
+type subject struct {
+	*process
+	dir  string // of its storage
+	load *load.Load
+	file string // with an artifact of the load, for a reference
+}
+
+// beside measures a server on an empty directory beside a reference.
+func (b *bench) beside(ctx context.Context, config load.Config, measure func(subject) ([]line, error)) (lines []line, err error) {
+	dir, server, l, err := b.prepared(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	defer b.end(&err, server, dir)
 	content, err := l.Artifact(l.Key(0))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	path := filepath.Join(b.dir, "artifact.zst")
-	return path, os.WriteFile(path, content, 0o644)
+	file := filepath.Join(b.dir, "artifact.zst")
+	if err := os.WriteFile(file, content, 0o644); err != nil {
+		return nil, err
+	}
+	return measure(subject{server, dir, l, file})
+}
+
+// besideBare is beside a bare grpc-go server.
+func (b *bench) besideBare(ctx context.Context, config load.Config, measure func(s subject, bare *process) ([]line, error)) ([]line, error) {
+	return b.beside(ctx, config, func(s subject) (lines []line, err error) {
+		bare, err := startReference(ctx, "grpc", s.file)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, bare.stop()) }()
+		return measure(s, bare)
+	})
 }
 
 // besideNginx compares the server with nginx, which sends the same files.
@@ -260,125 +153,87 @@ func (b *bench) besideNginx(ctx context.Context, work string, config load.Config
 }
 
 // besideVerification compares large uploads with the floor of verification.
-func (b *bench) besideVerification(ctx context.Context, work string, compressible bool) (lines []line, err error) {
-	dir, server, l, err := b.prepared(ctx, load.Config{Operation: load.Put, Size: b.large, Compressible: compressible, Clients: 1})
-	if err != nil {
-		return nil, err
-	}
-	defer b.end(&err, server, dir)
-	file, err := b.artifactFile(l)
-	if err != nil {
-		return nil, err
-	}
-	all, err := b.turns(ctx, emptied(b.loaded(server, l, perGB, b.large), dir), b.looped(perGB, b.large, "verify", file), b.looped(perGB, b.large, "-dir", b.dir, "write", file))
-	if err != nil {
-		return nil, err
-	}
-	floor := slices.Clone(all[1])
-	for i := range floor {
-		floor[i].cpu += all[2][i].cpu
-	}
-	return []line{
-		least(1, ratio(all[0], floor, speedOf)).of(work, "speed", perGB.speed(median(all[0], speedOf)), perGB.speed(median(floor, speedOf))+", floor of verification"),
-		perGB.costLine(work, all[0], floor, 1.25, ", that floor and the write"),
-	}, nil
+func (b *bench) besideVerification(ctx context.Context, work string, compressible bool) ([]line, error) {
+	config := load.Config{Operation: load.Put, Size: b.large, Compressible: compressible, Clients: 1}
+	return b.beside(ctx, config, func(s subject) ([]line, error) {
+		all, err := b.turns(ctx,
+			emptied(b.loaded(s.process, s.load, perGB, b.large), s.dir),
+			b.looped(perGB, b.large, "verify", s.file),
+			b.looped(perGB, b.large, "-dir", b.dir, "write", s.file))
+		if err != nil {
+			return nil, err
+		}
+		floor := all[1]
+		return []line{
+			least(1, ratio(all[0], floor, speedOf)).of(work, "speed", perGB.speed(median(all[0], speedOf)), perGB.speed(median(floor, speedOf))+", floor of verification"),
+			perGB.costLine(work, all[0], costTogether(floor, all[2]), 1.25, ", that floor and the write"),
+		}, nil
+	})
 }
 
 // besideCommit compares small uploads with the floor of a durable one.
-func (b *bench) besideCommit(ctx context.Context, work string) (lines []line, err error) {
-	dir, server, l, err := b.prepared(ctx, load.Config{Operation: load.Put, Size: 2 << 10, Clients: 16})
-	if err != nil {
-		return nil, err
-	}
-	defer b.end(&err, server, dir)
-	file, err := b.artifactFile(l)
-	if err != nil {
-		return nil, err
-	}
-	// What the floor leaves is removed at the end only: ext4 looks for a new file's inode the longer, the
-	// more were removed within seconds.
-	floorDir, err := os.MkdirTemp(b.dir, "commit-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(floorDir)
-	floor := func(ctx context.Context) (turn, error) {
-		dir, err := os.MkdirTemp(floorDir, "turn-")
+func (b *bench) besideCommit(ctx context.Context, work string) ([]line, error) {
+	return b.beside(ctx, load.Config{Operation: load.Put, Size: 2 << 10, Clients: 16}, func(s subject) ([]line, error) {
+		// What the floor leaves is removed at the end only: ext4 looks for a new file's inode the longer, the
+		// more were removed within seconds.
+		floorDir, err := os.MkdirTemp(b.dir, "commit-")
 		if err != nil {
-			return turn{}, err
+			return nil, err
 		}
-		return b.looped(perOperation, 0, "-clients", "16", "-dir", dir, "commit", file)(ctx)
-	}
-	all, err := b.turns(ctx, b.loaded(server, l, perOperation, 0), floor)
-	if err != nil {
-		return nil, err
-	}
-	return []line{
-		least(0.7, ratio(all[0], all[1], speedOf)).of(work, "speed", perOperation.speed(median(all[0], speedOf)), perOperation.speed(median(all[1], speedOf))+", create, write, fsync, link"),
-		perOperation.costLine(work, all[0], all[1], 0, ", the same"),
-	}, nil
+		defer os.RemoveAll(floorDir)
+		floor := func(ctx context.Context) (turn, error) {
+			dir, err := os.MkdirTemp(floorDir, "turn-")
+			if err != nil {
+				return turn{}, err
+			}
+			return b.looped(perOperation, 0, "-clients", "16", "-dir", dir, "commit", s.file)(ctx)
+		}
+		all, err := b.turns(ctx, b.loaded(s.process, s.load, perOperation, 0), floor)
+		if err != nil {
+			return nil, err
+		}
+		return []line{
+			least(0.7, ratio(all[0], all[1], speedOf)).of(work, "speed", perOperation.speed(median(all[0], speedOf)), perOperation.speed(median(all[1], speedOf))+", create, write, fsync, link"),
+			perOperation.costLine(work, all[0], all[1], 0, ", the same"),
+		}, nil
+	})
 }
 
 // besideBareGRPC compares calls with those of a bare grpc-go server.
-func (b *bench) besideBareGRPC(ctx context.Context, work string, config load.Config, unit unit, mostCPU float64) (lines []line, err error) {
+func (b *bench) besideBareGRPC(ctx context.Context, work string, config load.Config, unit unit, mostCPU float64) ([]line, error) {
 	config.GRPC = true
-	dir, server, l, err := b.prepared(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	defer b.end(&err, server, dir)
-	file, err := b.artifactFile(l)
-	if err != nil {
-		return nil, err
-	}
-	bare, err := startReference(ctx, "grpc", file)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, bare.stop()) }()
-	all, err := b.turns(ctx, b.loaded(server, l, unit, config.Size), b.loaded(bare, l, unit, config.Size))
-	if err != nil {
-		return nil, err
-	}
-	speed := line{ratio: fmt.Sprintf("%.2f", ratio(all[0], all[1], speedOf))}
-	return []line{
-		speed.of(work, "speed", unit.speed(median(all[0], speedOf)), unit.speed(median(all[1], speedOf))+", bare grpc-go"),
-		unit.costLine(work, all[0], all[1], mostCPU, ", bare grpc-go"),
-	}, nil
+	return b.besideBare(ctx, config, func(s subject, bare *process) ([]line, error) {
+		all, err := b.turns(ctx, b.loaded(s.process, s.load, unit, config.Size), b.loaded(bare, s.load, unit, config.Size))
+		if err != nil {
+			return nil, err
+		}
+		speed := line{ratio: fmt.Sprintf("%.2f", ratio(all[0], all[1], speedOf))}
+		return []line{
+			speed.of(work, "speed", unit.speed(median(all[0], speedOf)), unit.speed(median(all[1], speedOf))+", bare grpc-go"),
+			unit.costLine(work, all[0], all[1], mostCPU, ", bare grpc-go"),
+		}, nil
+	})
 }
 
 // besideREST compares large uploads over gRPC with those over REST and what bare grpc-go takes to receive
 // the same messages and throw them away.
-func (b *bench) besideREST(ctx context.Context) (lines []line, err error) {
+func (b *bench) besideREST(ctx context.Context) ([]line, error) {
 	work := "PutArtifact " + size(b.large) + ", 1 stream"
-	dir, server, l, err := b.prepared(ctx, load.Config{Operation: load.Put, Size: b.large, Clients: 1})
-	if err != nil {
-		return nil, err
-	}
-	defer b.end(&err, server, dir)
-	file, err := b.artifactFile(l)
-	if err != nil {
-		return nil, err
-	}
-	bare, err := startReference(ctx, "grpc", file)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, bare.stop()) }()
-	overGRPC := l.With(func(c *load.Config) { c.GRPC = true })
-	all, err := b.turns(ctx, emptied(b.loaded(server, overGRPC, perGB, b.large), dir), emptied(b.loaded(server, l, perGB, b.large), dir), b.loaded(bare, overGRPC, perGB, b.large))
-	if err != nil {
-		return nil, err
-	}
-	both := slices.Clone(all[1])
-	for i := range both {
-		both[i].cpu += all[2][i].cpu
-	}
-	speed := line{ratio: fmt.Sprintf("%.2f", ratio(all[0], all[1], speedOf))}
-	return []line{
-		speed.of(work, "speed", perGB.speed(median(all[0], speedOf)), perGB.speed(median(all[1], speedOf))+", REST"),
-		perGB.costLine(work, all[0], both, 1.10, ", REST and bare grpc-go that receives it"),
-	}, nil
+	return b.besideBare(ctx, load.Config{Operation: load.Put, Size: b.large, Clients: 1}, func(s subject, bare *process) ([]line, error) {
+		overGRPC := s.load.With(func(c *load.Config) { c.GRPC = true })
+		all, err := b.turns(ctx,
+			emptied(b.loaded(s.process, overGRPC, perGB, b.large), s.dir),
+			emptied(b.loaded(s.process, s.load, perGB, b.large), s.dir),
+			b.loaded(bare, overGRPC, perGB, b.large))
+		if err != nil {
+			return nil, err
+		}
+		speed := line{ratio: fmt.Sprintf("%.2f", ratio(all[0], all[1], speedOf))}
+		return []line{
+			speed.of(work, "speed", perGB.speed(median(all[0], speedOf)), perGB.speed(median(all[1], speedOf))+", REST"),
+			perGB.costLine(work, all[0], costTogether(all[1], all[2]), 1.10, ", REST and bare grpc-go that receives it"),
+		}, nil
+	})
 }
 
 // memory measures what the server has resident.
@@ -504,39 +359,3 @@ func (b *bench) scale(ctx context.Context) (lines []line, err error) {
 func (b *bench) end(err *error, server *process, dir string) {
 	*err = errors.Join(*err, server.stop(), os.RemoveAll(dir))
 }
-
-// costLine is a line about processor time, without a mark if that is 0.
-func (u unit) costLine(work string, server, reference []turn, mark float64, suffix string) line {
-	r := ratio(server, reference, cpuOf)
-	l := line{ratio: fmt.Sprintf("%.2f", r)}
-	if mark > 0 {
-		l = most(mark, r)
-	}
-	figure := "CPU per operation"
-	if u == perGB {
-		figure = "CPU per GB"
-	}
-	return l.of(work, figure, u.cost(median(server, cpuOf)), u.cost(median(reference, cpuOf))+suffix)
-}
-
-// speed is units per second for people.
-func (u unit) speed(units float64) string {
-	if u == perGB {
-		return fmt.Sprintf("%.2f GB/s", units)
-	}
-	return humanize.Comma(int64(units)) + "/s"
-}
-
-// cost is the processor time of a unit for people.
-func (u unit) cost(cpu float64) string {
-	if u == perGB {
-		return seconds(cpu)
-	}
-	return fmt.Sprintf("%.1f µs", cpu*1e6)
-}
-
-func seconds(s float64) string { return strconv.FormatFloat(s, 'g', 3, 64) + " s" }
-func mib(n float64) string     { return fmt.Sprintf("%.0f MiB", n/(1<<20)) }
-func size(n int64) string      { return humanize.IBytes(uint64(n)) }
-
-func short(d time.Duration) string { return d.Round(time.Microsecond).String() }
