@@ -191,11 +191,13 @@ func TestStalledDownload(t *testing.T) {
 			t.Errorf("got %d bytes, %v: the whole artifact", n, err)
 		}
 	})
-	for _, path := range []string{"/openapi.json", "/healthz"} { // the second one is sent when its handler has returned
-		t.Run("many answers over HTTP1 of "+path, func(t *testing.T) {
+	// The second one is sent when its handler has returned, and of the third one nothing is sent before.
+	for _, request := range []string{"GET /openapi.json", "GET /healthz", "HEAD /v1/artifacts/" + keyA} {
+		t.Run("many answers over HTTP1 of "+request, func(t *testing.T) {
 			s := startServer(t, setup{change: impatient, sendBuffer: 64 << 10})
+			s.put(t, a, artifactA)
 			conn := dial(t, s)
-			conn.sendUntilCut(strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n", 100))
+			conn.sendUntilCut(strings.Repeat(request+" HTTP/1.1\r\nHost: x\r\n\r\n", 100))
 			released(t, s)
 		})
 	}
