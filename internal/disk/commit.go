@@ -132,16 +132,16 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 }
 
 func (u *upload) link(path string) error {
-	if err := u.store.makeShard(u.key); err != nil {
-		return err
-	}
-	err := os.Link(u.file.Name(), path)
-	if errors.Is(err, fs.ErrNotExist) || noDir(err) { // somebody removed the shard since it was made
-		u.store.shards.forget(u.key)
+	link := func() error {
 		if err := u.store.makeShard(u.key); err != nil {
 			return err
 		}
-		err = os.Link(u.file.Name(), path)
+		return os.Link(u.file.Name(), path)
+	}
+	err := link()
+	if errors.Is(err, fs.ErrNotExist) || noDir(err) { // somebody removed the shard since it was made
+		u.store.shards.forget(u.key)
+		err = link()
 	}
 	if errors.Is(err, fs.ErrExist) {
 		return cache.ErrExists

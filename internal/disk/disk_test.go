@@ -788,22 +788,24 @@ func TestQuarantineMayBeDeleted(t *testing.T) {
 // TestShardRemoved empties the store behind its back, as people do.
 func TestShardRemoved(t *testing.T) {
 	for _, name := range []string{"01", "01/23"} {
-		t.Run(name, func(t *testing.T) {
-			r := open(t, t.TempDir())
-			r.put(t, key, content)
-			removeAll(t, r.path(name))
-			r.lacks(t, key)
+		for _, shard := range []string{"0123", "0145"} { // one that was there, and one that never was
+			t.Run(name+" before an upload into "+shard, func(t *testing.T) {
+				r := open(t, t.TempDir())
+				r.put(t, key, content)
+				removeAll(t, r.path(name))
+				r.lacks(t, key)
 
-			other := keyOf("0123" + strings.Repeat("f", 60))
-			content := cachetest.Random(other, 1000)
-			upload, info := r.upload(t, other, content)
-			removeAll(t, r.path(name))
-			if _, err := upload.Commit(t.Context(), info); err != nil {
-				t.Fatal("Commit:", err)
-			}
-			r.serves(t, other, content)
-			r.lacks(t, key)
-		})
+				other := keyOf(shard + strings.Repeat("f", 60))
+				content := cachetest.Random(other, 1000)
+				upload, info := r.upload(t, other, content)
+				removeAll(t, r.path(name))
+				if _, err := upload.Commit(t.Context(), info); err != nil {
+					t.Fatal("Commit:", err)
+				}
+				r.serves(t, other, content)
+				r.lacks(t, key)
+			})
+		}
 	}
 }
 
