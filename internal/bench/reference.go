@@ -61,12 +61,15 @@ func reference(args []string, stdout io.Writer) error {
 	case "verify":
 		operation, err = verifier(content)
 	case "write":
+		// What is written stays until the end, as it does in a cache: a file that took the memory of one that
+		// was just removed would cost a fraction.
+		if *dir, err = os.MkdirTemp(*dir, "write-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(*dir)
 		operation = func(n int64) error {
-			path, err := writeSynced(*dir, n, content)
-			if err != nil {
-				return err
-			}
-			return os.Remove(path)
+			_, err := writeSynced(*dir, n, content)
+			return err
 		}
 	case "commit":
 		operation = func(n int64) error { return commit(*dir, n, content) }
