@@ -92,17 +92,19 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	var table table
+	var failed error // which does not take what was measured before
 	for i, row := range chosen {
 		fmt.Fprintf(stderr, "%d/%d %s\n", i+1, len(chosen), row.name)
 		lines, err := row.measure(ctx, b)
 		if err != nil {
-			return fmt.Errorf("%s: %w", row.name, err)
+			failed = fmt.Errorf("%s: %w", row.name, err)
+			break
 		}
 		table = append(table, lines...)
 	}
 	fmt.Fprintf(stdout, "%s, %s, %s/%s, %d processors, %d rounds of %v\n\n", time.Now().Format(time.DateOnly), runtime.Version(),
 		runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), s.rounds, s.duration)
-	return table.print(stdout)
+	return errors.Join(table.print(stdout), failed)
 }
 
 func containsAny(name string, parts []string) bool {

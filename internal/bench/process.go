@@ -187,10 +187,10 @@ func freePort() (int, error) {
 	return listener.Addr().(*net.TCPAddr).Port, nil
 }
 
-// raiseFiles lets this process, and those that it starts, have as many open files as n connections need
-// on both of their ends.
+// raiseFiles lets this process, and each that it starts, have as many open files as one end of n
+// connections needs.
 func raiseFiles(n int) error {
-	need := uint64(2*n + 1000)
+	need := uint64(n + 1000)
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return err

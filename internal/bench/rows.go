@@ -238,6 +238,9 @@ func (b *bench) besideREST(ctx context.Context) ([]line, error) {
 
 // memory measures what the server has resident.
 func (b *bench) memory(ctx context.Context) (lines []line, err error) {
+	if err := raiseFiles(b.idle); err != nil {
+		return nil, err
+	}
 	const clients = 8
 	for _, protocol := range []string{"REST", "gRPC"} {
 		work := fmt.Sprintf("%d clients put and get %s each over %s", clients, size(b.huge), protocol)
@@ -263,9 +266,6 @@ func (b *bench) memory(ctx context.Context) (lines []line, err error) {
 
 // idleMemory measures it while the server has nothing to do.
 func (b *bench) idleMemory(ctx context.Context) (lines []line, err error) {
-	if err := raiseFiles(b.idle); err != nil {
-		return nil, err
-	}
 	config := load.Config{Operation: load.Get, Size: 4 << 10, Artifacts: 1, Clients: 1}
 	dir, server, l, err := b.prepared(ctx, config, "--max-connections", strconv.Itoa(b.idle+100))
 	if err != nil {
