@@ -33,6 +33,7 @@ const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
 type limitedListener struct {
 	net.Listener
 	most     int64
+	stall    time.Duration // how long net/http may take to write what it answers itself
 	open     atomic.Int64
 	refusals chan struct{}
 	refused  func(net.Conn)
@@ -40,13 +41,14 @@ type limitedListener struct {
 	idle     idleConns
 }
 
-func newLimitedListener(listener net.Listener, most int, idle time.Duration, refused func(net.Conn)) *limitedListener {
+func newLimitedListener(listener net.Listener, config Config, refused func(net.Conn)) *limitedListener {
 	return &limitedListener{
 		Listener: listener,
-		most:     int64(most),
+		most:     int64(config.MaxConnections),
+		stall:    config.StallTimeout,
 		refusals: make(chan struct{}, maxRefusals),
 		refused:  refused,
-		idle:     idleConns{timeout: idle, since: map[net.Conn]time.Time{}},
+		idle:     idleConns{timeout: config.IdleTimeout, since: map[net.Conn]time.Time{}},
 	}
 }
 
@@ -79,6 +81,11 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 // changed is told of the state of every connection that was accepted.
 func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
 	switch state {
+	case http.StateActive:
+		// net/http writes some answers of HTTP/1 before a handler runs, or without one, and has taken the
+		// deadline of the answer before away. What it writes while the connection counts as idle ends with
+		// that; HTTP/2 sets a deadline for each write.
+		conn.SetWriteDeadline(time.Now().Add(l.stall))
 	case http.StateClosed, http.StateHijacked:
 		if clear, ok := conn.(*clearConn); !ok || !clear.delivered.Load() {
 			l.closed()

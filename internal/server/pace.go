@@ -147,11 +147,16 @@ func (p *pace) tooSlow(should string) error {
 
 // pacedBody is the body of an upload, whose client must send it at the least rate.
 type pacedBody struct {
-	body io.Reader
-	pace *pace
+	body  io.Reader
+	pace  *pace
+	first func() // is called before the first read, if it is not nil
 }
 
 func (b *pacedBody) Read(p []byte) (int, error) {
+	if b.first != nil {
+		b.first()
+		b.first = nil
+	}
 	b.pace.begin(0)
 	n, err := b.body.Read(p)
 	b.pace.end(n)
@@ -254,6 +259,7 @@ func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) *pacedWrite
 	paced := &pacedWriter{ResponseWriter: w, control: control, pace: newPace(s.config.StallTimeout, s.config.MinDownloadRate, control.SetWriteDeadline)}
 	if r.ProtoMajor == 1 {
 		paced.pace.waits = true
+		paced.pace.fires = time.Now().Add(s.config.StallTimeout) // limitedListener has set it
 		paced.conn, _ = r.Context().Value(connKey{}).(*clearConn)
 	}
 	return paced
@@ -271,5 +277,10 @@ func (w *pacedWriter) handled(r *http.Request) {
 func (s *Server) paceBody(w http.ResponseWriter, r *http.Request) *pacedBody {
 	control := http.NewResponseController(w)
 	control.SetReadDeadline(time.Time{}) // from here on the pace counts
-	return &pacedBody{r.Body, newPace(s.config.StallTimeout, s.config.MinUploadRate, control.SetReadDeadline)}
+	body := &pacedBody{body: r.Body, pace: newPace(s.config.StallTimeout, s.config.MinUploadRate, control.SetReadDeadline)}
+	if r.ProtoMajor == 1 && r.Header.Get("Expect") != "" {
+		// With the first read net/http asks for the body, and the upload may have waited until then.
+		body.first = func() { control.SetWriteDeadline(time.Now().Add(s.config.StallTimeout)) }
+	}
+	return body
 }

@@ -196,7 +196,7 @@ func (s *Server) requestDone() {
 // The connections of a listener for TLS must be of *tls.Conn, or HTTP/2 will not be spoken over them.
 // gRPC in clear text goes through net/http if they are not of *net.TCPConn.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
-	limited := newLimitedListener(listener, s.config.MaxConnections, s.config.IdleTimeout, func(conn net.Conn) {
+	limited := newLimitedListener(listener, s.config, func(conn net.Conn) {
 		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)
 	})
 	native := newNativeListener(listener.Addr())

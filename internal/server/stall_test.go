@@ -1,12 +1,16 @@
 package server_test
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -415,4 +419,60 @@ func TestIdleConnections(t *testing.T) {
 			t.Errorf("a call that took longer than a connection may be idle: %v", err)
 		}
 	})
+}
+
+// pipeListener first accepts a connection that buffers nothing: what is written on it waits for the reader.
+type pipeListener struct {
+	net.Listener
+	pipe chan net.Conn
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.pipe:
+		return conn, nil
+	default:
+		return l.Listener.Accept()
+	}
+}
+
+// TestUntakenInterimAnswers has clients that do not take what net/http writes before a handler runs, or
+// without one, on a connection that was used before.
+func TestUntakenInterimAnswers(t *testing.T) {
+	for name, request := range map[string][]string{
+		"100 Continue":    {"PUT /v1/artifacts/" + keyA + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5641\r\n\r\n"},
+		"400 Bad Request": {"GET /healthz HTTP/1.1\r\n", "Host: x\r\nHost: y\r\n\r\n"}, // or the connection would count as idle
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, dir := newServer(t, impatient)
+			inner, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			end, conn := net.Pipe()
+			listener := &pipeListener{inner, make(chan net.Conn, 1)}
+			listener.pipe <- end
+			ctx, stop := context.WithCancel(context.Background())
+			served := make(chan error, 1)
+			go func() { served <- s.Serve(ctx, listener) }()
+			client := &wire{t, conn, bufio.NewReader(conn)}
+			client.SetDeadline(time.Now().Add(patience))
+			client.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+			client.want("GET", 200, `{"status":"ok"}`)
+			client.send(request...)
+			// The server does not read while it writes, so this waits until it gives up one of the two.
+			if _, err := io.WriteString(client, strings.Repeat("x", 10<<10)); !errors.Is(err, io.ErrClosedPipe) {
+				t.Errorf("the server does not close the connection: %v", err)
+			}
+			waitUntil(t, "no request is in flight", func() bool { return s.Requests() == 0 })
+			if entries, err := os.ReadDir(filepath.Join(dir, "tmp")); len(entries) > 0 || err != nil {
+				t.Errorf("uploads in progress: %v, %v", entries, err)
+			}
+			conn.Close()
+			stop()
+			if err := <-served; err != nil {
+				t.Errorf("Serve returned %v", err)
+			}
+		})
+	}
 }
