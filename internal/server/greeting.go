@@ -327,7 +327,8 @@ func (g *greeting) answer(frame *http2.FrameHeader) (answered bool, err error) {
 		answered = g.settings && !g.acked
 		g.acked = g.acked || answered
 		return answered, nil
-	case frame.Type == http2.FramePing && !frame.Flags.Has(http2.FlagPingAck) && frame.Length == 8 && g.pings < maxPings:
+	// The settings must be the first that the server sends (RFC 9113, section 3.4).
+	case frame.Type == http2.FramePing && g.settings && !frame.Flags.Has(http2.FlagPingAck) && frame.Length == 8 && g.pings < maxPings:
 		g.pings++
 		data := [8]byte(g.came[g.next+frameHeader:])
 		return true, g.write(func(f *http2.Framer) error { return f.WritePing(true, data) })

@@ -103,7 +103,7 @@ func TestGreeting(t *testing.T) {
 		{"x-real-ip", settings + "<" + ack + with("x-real-ip", "10.0.0.1"), false, 0},
 		{"x-request-id", settings + "<" + ack + with("x-request-id", "1"), false, 0},
 		{"x-envoy-internal", settings + "<" + ack + with("x-envoy-internal", "true"), false, 0},
-		{"pings before all", settings + ping + "<" + ping + call, false, 2},
+		{"pings before all", settings + ping + ping + call, false, 2},
 		{"very many settings", settings + "<" + ack + strings.Repeat(settings, 80<<10/len(settings)) + call, false, 0},
 		{"very many pings", settings + "<" + ack + strings.Repeat(ping, 150) + call, false, 150},
 	} {
@@ -181,6 +181,9 @@ func (g *greeted) until(what string, condition func() bool) {
 				g.settings++
 			}
 		case *http2.PingFrame:
+			if g.settings == 0 {
+				g.t.Fatalf("waiting for %s: a ping was answered before the settings were sent", what)
+			}
 			if frame.IsAck() {
 				g.pongs++
 			}
