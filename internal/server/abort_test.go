@@ -13,10 +13,12 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/cache"
@@ -452,4 +454,36 @@ func openArtifacts(t *testing.T, s *testServer) int {
 		}
 	}
 	return n
+}
+
+// TestResetCalls has calls that the client resets while they are answered. gRPC may drop such an answer
+// without a word, and the call is over all the same.
+func TestResetCalls(t *testing.T) {
+	s := startServer(t, setup{})
+	havingA(t, s)
+	request, err := proto.Marshal(&cachev1.GetArtifactRequest{CacheKey: keyA})
+	if err != nil {
+		t.Fatal(err)
+	}
+	message := append([]byte{0, 0, 0, 0, byte(len(request))}, request...)
+	var clients sync.WaitGroup
+	for late := range uint32(8) { // how many calls come before the reset
+		conn := dialNative(t, s)
+		clients.Go(func() {
+			conn.write(func() error { return conn.framer.WriteWindowUpdate(0, 1<<30) }) // so that the rest are answered
+			for n := range uint32(5_000) {
+				id, err := conn.open(false, "POST", cachev1.ArtifactService_GetArtifact_FullMethodName, callHeader...)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				conn.send(id, message, len(message), true)
+				if n >= late {
+					conn.reset(id - 2*late)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	waitUntil(t, "no call is in flight", func() bool { return s.Requests() == 0 })
 }

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
@@ -420,6 +421,17 @@ func TestUntakenEnds(t *testing.T) {
 			<-conn.done
 		})
 	}
+	// Here gRPC itself ends the call, behind an answer.
+	t.Run("a message that is too large", func(t *testing.T) {
+		conn := dialNative(t, s, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		request, err := proto.Marshal(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := conn.mustOpen(false, "POST", reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName, callHeader...)
+		conn.send(id, slices.Concat([]byte{0, 0, 0, 0, byte(len(request))}, request, []byte{0, 0xFF, 0, 0, 0}), 100, false)
+		<-conn.done
+	})
 }
 
 // TestRequestThatDoesNotCome has calls whose one message does not come.

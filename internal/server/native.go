@@ -1,7 +1,9 @@
 package server
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"slices"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/experimental"
@@ -146,6 +149,7 @@ type nativeConn struct {
 	mu      sync.Mutex
 	calls   map[*call]struct{} // of which something is still to be sent, or may be
 	givenUp int                // calls
+	closed  bool
 }
 
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
@@ -155,6 +159,7 @@ func newNativeConn(tcp *net.TCPConn, came []byte, writeTimeout time.Duration, cl
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
+		c.closed = true
 		calls := slices.Collect(maps.Keys(c.calls))
 		c.mu.Unlock()
 		for _, call := range calls {
@@ -200,6 +205,7 @@ func (c *nativeConn) begin(call *call) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.calls[call] = struct{}{}
+	call.lost = c.closed // which it has not been told of, and nobody else knows of it yet
 }
 
 // end says that all of a call was sent, or that the client does not take it. In that case gRPC keeps what
@@ -251,11 +257,12 @@ type call struct {
 	mark     int64        // how much of what came on the connection was looked at
 	credited atomic.Int64 // how much of that for the message that is waited for
 
-	mu      sync.Mutex
-	owed    int  // bytes that were sent and not taken
-	handled bool // no more will be sent
-	lost    bool // what is owed will never be taken
-	over    bool
+	mu       sync.Mutex
+	owed     int  // bytes that were sent and not taken
+	answered bool // the client is told how the call ended, though it may not have been handled to its end
+	handled  bool // no more will be sent
+	lost     bool // what is owed will never be taken
+	over     bool
 }
 
 // serveCall handles one call.
@@ -291,6 +298,7 @@ func (c *call) RecvMsg(message any) error {
 	c.receiving.end(size)
 	c.conn.waiting.Add(-1)
 	if err != nil {
+		c.failed(err)
 		if slow := c.receiving.stop("send"); slow != nil {
 			err = slow
 		}
@@ -333,6 +341,7 @@ func (c *call) takesTooSlowly(time.Time) error {
 // giveUp ends the stream with an error, so that RecvMsg and SendMsg return. Were they just to return, gRPC
 // would tell the client an error of its own before the handler can tell it this one.
 func (c *call) giveUp(err error) {
+	c.setAnswered()
 	stream, ok := grpc.ServerTransportStreamFromContext(c.Context()).(interface{ WriteStatus(*status.Status) error })
 	if !ok || stream.WriteStatus(faultOf(err).grpcStatus()) != nil {
 		c.conn.Close()
@@ -348,11 +357,26 @@ func (c *call) SendMsg(message any) error {
 	out.call = c
 	err := c.ServerStream.SendMsg(out)
 	if err != nil {
+		c.failed(err)
 		if slow := c.sending.stop("take"); slow != nil {
 			err = slow
 		}
 	}
 	return err
+}
+
+// failed is told of what gRPC says of a message that could not be received or sent. Unless the reason is
+// that the call has ended already, gRPC has told the client.
+func (c *call) failed(err error) {
+	if err != io.EOF && status.Code(err) != codes.Canceled {
+		c.setAnswered()
+	}
+}
+
+func (c *call) setAnswered() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.answered = true
 }
 
 // sent says that n bytes are on their way to the client.
@@ -383,12 +407,14 @@ func (c *call) Put(buf *[]byte) {
 	c.settle()
 }
 
-// end says that the call was handled.
+// end says that the call was handled. If the client has reset it, or is gone, gRPC drops what it has to
+// send, and some of that without telling.
 func (c *call) end() {
 	c.receiving.stop("send")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.handled = true
+	c.lost = c.lost || !c.answered && c.Context().Err() == context.Canceled
 	c.settle()
 }
 
