@@ -34,7 +34,8 @@ func ParseKey(s string) (Key, error) {
 				ErrInvalidKey, i+1, c, minKeyLength, maxKeyLength)
 		}
 	}
-	return Key{strings.ToLower(s)}, nil
+	// A copy, for s may be a part of a much longer text, and keys are kept for long.
+	return Key{strings.Clone(strings.ToLower(s))}, nil
 }
 
 // String returns the key's digits, lower-case.

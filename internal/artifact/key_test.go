@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 )
@@ -41,6 +42,20 @@ func TestParseKey(t *testing.T) {
 		key, err := artifact.ParseKey(c.in)
 		if !errors.Is(err, artifact.ErrInvalidKey) || err.Error() != c.want || key != (artifact.Key{}) {
 			t.Errorf("%s: got %q, %v; want %s", c.name, key, err, c.want)
+		}
+	}
+}
+
+// TestKeyKeepsNoText proves that a key does not keep the text that it was a part of.
+func TestKeyKeepsNoText(t *testing.T) {
+	for _, digits := range []string{strings.Repeat("0123456789abcdef", 4), strings.Repeat("0123456789ABCDEF", 4)} {
+		text := strings.Clone(digits + strings.Repeat(" ", 1000))
+		key, err := artifact.ParseKey(text[:len(digits)])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if unsafe.StringData(key.String()) == unsafe.StringData(text) {
+			t.Errorf("the key of %s is a part of the text", digits)
 		}
 	}
 }
