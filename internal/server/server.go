@@ -244,6 +244,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 			waiting = false
 		case <-last.C:
 			waiting = s.requests.Load() > 0
+			last.Reset(closeDelay)
 		case <-grace.Done():
 			waiting = false
 			if err == nil && s.requests.Load() > 0 {
