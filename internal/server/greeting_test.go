@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cachetest"
 	"github.com/polykit/polykit-cache/internal/server"
 )
@@ -491,4 +492,55 @@ func TestSettingsThatNobodyReads(t *testing.T) {
 	conn.send(greetingFrames(func(f *http2.Framer) { f.WriteSettingsAck() }), statCall(t, true, callHeader...))
 	g.until("the answer to the call", func() bool { return g.ended[1] })
 	conn.sendUntilCut(strings.Repeat(settings, 1000))
+}
+
+// slowReader reads no more than some KiB at each tick.
+type slowReader struct {
+	io.Reader
+	tick <-chan time.Time
+}
+
+func (r slowReader) Read(p []byte) (int, error) {
+	<-r.tick
+	return r.Reader.Read(p[:min(len(p), 4<<10)])
+}
+
+// getCall begins a connection on which from reads, and downloads an artifact over it.
+func (w *wire) getCall(key artifact.Key, from io.Reader) *greeted {
+	w.t.Helper()
+	framer := http2.NewFramer(w, from)
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	g := &greeted{t: w.t, framer: framer}
+	w.send(http2.ClientPreface)
+	framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 16 << 20})
+	framer.WriteWindowUpdate(0, 16<<20)
+	g.until("the server's settings", func() bool { return g.settings == 1 })
+	framer.WriteSettingsAck()
+	request, err := proto.Marshal(&cachev1.GetArtifactRequest{CacheKey: key.String()})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	fields := append([]string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", cachev1.ArtifactService_GetArtifact_FullMethodName}, callHeader...)
+	framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block(fields...), EndHeaders: true})
+	framer.WriteData(1, true, append([]byte{0, 0, 0, 0, byte(len(request))}, request...))
+	return g
+}
+
+// TestSlowDownload proves that a client which takes a download slowly, but as fast as it must, may take
+// longer for what the server writes at once than it may take nothing.
+func TestSlowDownload(t *testing.T) {
+	s := startServer(t, setup{sendBuffer: 16 << 10, change: func(c *server.Config) {
+		c.StallTimeout = stall
+		c.MinDownloadRate = 1000
+	}})
+	a := cachetest.Key("a")
+	s.put(t, a, cachetest.Random(a, 512<<10))
+	tick := time.NewTicker(stall / 20) // in which the server's buffer is taken in 1.6 times of what is allowed for nothing
+	defer tick.Stop()
+	conn := dial(t, s)
+	g := conn.getCall(a, slowReader{conn, tick.C})
+	g.until("the end of the download", func() bool { return g.ended[1] })
+	if g.status != "0" {
+		t.Errorf("the download ended with %q", g.status)
+	}
 }

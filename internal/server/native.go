@@ -139,12 +139,12 @@ func (l *nativeListener) Addr() net.Addr { return l.address }
 // nativeConn is a connection of a gRPC client.
 type nativeConn struct {
 	*net.TCPConn
-	came         []byte // and is to be read first
-	writeTimeout time.Duration
-	writeArmed   time.Time
-	received     atomic.Int64 // bytes
-	waiting      atomic.Int64 // calls that wait for a message
-	close        func() error
+	came       []byte // and is to be read first
+	config     *Config
+	writeUntil time.Time    // the deadline for writing
+	received   atomic.Int64 // bytes
+	waiting    atomic.Int64 // calls that wait for a message
+	close      func() error
 
 	mu      sync.Mutex
 	calls   map[*call]struct{} // of which something is still to be sent, or may be
@@ -154,8 +154,8 @@ type nativeConn struct {
 
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
 // called once.
-func newNativeConn(tcp *net.TCPConn, came []byte, writeTimeout time.Duration, closed func()) *nativeConn {
-	c := &nativeConn{TCPConn: tcp, came: came, writeTimeout: writeTimeout, calls: map[*call]struct{}{}}
+func newNativeConn(tcp *net.TCPConn, came []byte, config *Config, closed func()) *nativeConn {
+	c := &nativeConn{TCPConn: tcp, came: came, config: config, calls: map[*call]struct{}{}}
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
@@ -182,11 +182,12 @@ func (c *nativeConn) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Write gives a client up that takes nothing for longer than it may.
+// Write gives a client up that does not take p in the time that it may. It is not called concurrently.
 func (c *nativeConn) Write(p []byte) (int, error) {
-	if now := time.Now(); now.Sub(c.writeArmed) > c.writeTimeout/10 {
-		c.SetWriteDeadline(now.Add(c.writeTimeout))
-		c.writeArmed = now
+	stall := c.config.StallTimeout
+	if until := time.Now().Add(stall + worth(len(p), c.config.MinDownloadRate)); until.Sub(c.writeUntil) > stall/10 {
+		c.SetWriteDeadline(until)
+		c.writeUntil = until
 	}
 	n, err := c.TCPConn.Write(p)
 	if err != nil {

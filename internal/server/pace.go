@@ -48,8 +48,11 @@ func newPace(stall time.Duration, rate int64, expire func(time.Time) error) *pac
 }
 
 // worth returns the time that n bytes may take.
-func (p *pace) worth(n int) time.Duration {
-	return time.Duration(float64(n) / float64(p.rate) * float64(time.Second))
+func (p *pace) worth(n int) time.Duration { return worth(n, p.rate) }
+
+// worth returns the time that n bytes take at a rate in bytes per second.
+func worth(n int, rate int64) time.Duration {
+	return time.Duration(float64(n) / float64(rate) * float64(time.Second))
 }
 
 // begin says that the server now waits for a transfer of n bytes to end, or of as many as come if n
