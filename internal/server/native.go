@@ -149,13 +149,14 @@ type nativeConn struct {
 	mu      sync.Mutex
 	calls   map[*call]struct{} // of which something is still to be sent, or may be
 	givenUp int                // calls
+	closing bool               // closeIdle will be called
 	closed  bool
 }
 
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
 // called once.
-func newNativeConn(tcp *net.TCPConn, came []byte, config *Config, closed func()) *nativeConn {
-	c := &nativeConn{TCPConn: tcp, came: came, config: config, calls: map[*call]struct{}{}}
+func (s *Server) newNativeConn(tcp *net.TCPConn, came []byte, closed func()) *nativeConn {
+	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, calls: map[*call]struct{}{}}
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
@@ -210,21 +211,34 @@ func (c *nativeConn) begin(call *call) {
 }
 
 // end says that all of a call was sent, or that the client does not take it. In that case gRPC keeps what
-// is to be sent for as long as the connection is open, so this is closed: at once, or when the other calls
-// on it have ended. For a call that was given up it may be called twice.
+// is to be sent for as long as the connection is open, so this is closed when the other calls on it have
+// ended, or at once if there are too many of those calls. For a call that was given up it may be called twice.
 func (c *nativeConn) end(call *call, givenUp bool) {
 	c.mu.Lock()
 	delete(c.calls, call)
 	if givenUp {
 		c.givenUp++
 	}
-	over := c.givenUp > maxGivenUp || c.givenUp > 0 && len(c.calls) == 0
+	tooMany := c.givenUp > maxGivenUp
+	idle := c.givenUp > 0 && len(c.calls) == 0 && !c.closing
+	c.closing = c.closing || idle
 	c.mu.Unlock()
 	switch {
-	case over && givenUp:
+	case tooMany:
 		c.Close()
-	case over:
-		time.AfterFunc(closeDelay, func() { c.Close() })
+	case idle:
+		time.AfterFunc(closeDelay, c.closeIdle)
+	}
+}
+
+// closeIdle closes the connection if no call has begun on it, whose end will come back to it.
+func (c *nativeConn) closeIdle() {
+	c.mu.Lock()
+	begun := len(c.calls) > 0
+	c.closing = false
+	c.mu.Unlock()
+	if !begun {
+		c.Close()
 	}
 }
 

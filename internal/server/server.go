@@ -201,7 +201,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	})
 	native := newNativeListener(listener.Addr())
 	limited.greeter = newGreeter(s.config, func(tcp *net.TCPConn, came []byte) {
-		native.deliver(newNativeConn(tcp, came, &s.config, limited.closed))
+		native.deliver(s.newNativeConn(tcp, came, limited.closed))
 	})
 	s.http.ConnState = limited.changed
 	failed := make(chan error, 1)

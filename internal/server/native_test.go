@@ -1,0 +1,44 @@
+package server
+
+import (
+	"net"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestCloseIdle proves that a connection on which a download was given up is closed when it is idle,
+// and not while a call that began later is in flight.
+func TestCloseIdle(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	tcp, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	synctest.Test(t, func(t *testing.T) {
+		var closed atomic.Bool
+		conn := (&Server{config: DefaultConfig}).newNativeConn(tcp.(*net.TCPConn), nil, func() { closed.Store(true) })
+		wait := func(d time.Duration, want bool, what string) {
+			t.Helper()
+			time.Sleep(d)
+			synctest.Wait()
+			if closed.Load() != want {
+				t.Fatalf("%s: closed is %v", what, !want)
+			}
+		}
+		untaken, later := &call{}, &call{}
+		conn.begin(untaken)
+		conn.end(untaken, true)
+		wait(closeDelay/2, false, "just when it became idle")
+		conn.begin(later)
+		wait(10*closeDelay, false, "while a call is in flight")
+		conn.end(later, false)
+		wait(closeDelay, true, "when it was idle")
+	})
+}
