@@ -141,9 +141,11 @@ type nativeConn struct {
 	*net.TCPConn
 	came       []byte // and is to be read first
 	config     *Config
-	writeUntil time.Time    // the deadline for writing
-	received   atomic.Int64 // bytes
-	waiting    atomic.Int64 // calls that wait for a message
+	writeUntil time.Time     // the deadline for writing
+	writing    atomic.Bool   // what no call owes any more may be in a Write that is not done yet
+	allWriting *atomic.Int64 // Writes in progress on all connections
+	received   atomic.Int64  // bytes
+	waiting    atomic.Int64  // calls that wait for a message
 	close      func() error
 
 	mu      sync.Mutex
@@ -156,7 +158,7 @@ type nativeConn struct {
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
 // called once.
 func (s *Server) newNativeConn(tcp *net.TCPConn, came []byte, closed func()) *nativeConn {
-	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, calls: map[*call]struct{}{}}
+	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, allWriting: &s.writing, calls: map[*call]struct{}{}}
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
@@ -190,6 +192,12 @@ func (c *nativeConn) Write(p []byte) (int, error) {
 		c.SetWriteDeadline(until)
 		c.writeUntil = until
 	}
+	c.writing.Store(true)
+	c.allWriting.Add(1)
+	defer func() {
+		c.allWriting.Add(-1)
+		c.writing.Store(false)
+	}()
 	n, err := c.TCPConn.Write(p)
 	if err != nil {
 		c.Close() // for gRPC now waits until Read fails
@@ -231,13 +239,17 @@ func (c *nativeConn) end(call *call, givenUp bool) {
 	}
 }
 
-// closeIdle closes the connection if no call has begun on it, whose end will come back to it.
+// closeIdle closes the connection if no call has begun on it and all is written.
 func (c *nativeConn) closeIdle() {
 	c.mu.Lock()
-	begun := len(c.calls) > 0
-	c.closing = false
+	begun, writing := len(c.calls) > 0, c.writing.Load()
+	c.closing = writing && !begun
 	c.mu.Unlock()
-	if !begun {
+	switch {
+	case begun: // whose end will come back to it
+	case writing:
+		time.AfterFunc(closeDelay, c.closeIdle)
+	default:
 		c.Close()
 	}
 }

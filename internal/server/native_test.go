@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestCloseIdle proves that a connection on which a download was given up is closed when it is idle,
-// and not while a call that began later is in flight.
+// TestCloseIdle proves that a connection on which a download was given up is closed when it is idle and all
+// is written, and not while a call that began later is in flight.
 func TestCloseIdle(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -39,6 +39,9 @@ func TestCloseIdle(t *testing.T) {
 		conn.begin(later)
 		wait(10*closeDelay, false, "while a call is in flight")
 		conn.end(later, false)
+		conn.writing.Store(true)
+		wait(10*closeDelay, false, "while something is written")
+		conn.writing.Store(false)
 		wait(closeDelay, true, "when it was idle")
 	})
 }

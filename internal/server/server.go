@@ -103,6 +103,7 @@ type Server struct {
 	native   *grpc.Server // for the connections of gRPC clients
 	health   *health.Server
 	requests atomic.Int64  // in flight
+	writing  atomic.Int64  // Writes in progress on native's connections
 	draining chan struct{} // closed when Serve begins to shut down
 	idle     chan struct{} // told when there are no requests in flight while draining
 }
@@ -235,7 +236,9 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		close(stopped)
 	}()
 	err := s.http.Shutdown(grace)
-	// A client that does not answer to the GOAWAY is waited for only if it has a call in flight.
+	// A client that does not answer to the GOAWAY is waited for only if it has a call in flight, or has not
+	// taken the end of one: gRPC counts as sent what it is about to write.
+	busy := func() bool { return s.requests.Load() > 0 || s.writing.Load() > 0 }
 	last := time.NewTimer(closeDelay)
 	defer last.Stop()
 	for waiting := true; waiting; {
@@ -243,11 +246,11 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		case <-stopped:
 			waiting = false
 		case <-last.C:
-			waiting = s.requests.Load() > 0
+			waiting = busy()
 			last.Reset(closeDelay)
 		case <-grace.Done():
 			waiting = false
-			if err == nil && s.requests.Load() > 0 {
+			if err == nil && busy() {
 				err = grace.Err()
 			}
 		}

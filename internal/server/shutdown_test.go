@@ -332,3 +332,37 @@ func TestShutdownOfSilentConnections(t *testing.T) {
 		t.Errorf("Serve returned %v", err)
 	}
 }
+
+// TestShutdownSendsAll has a client that takes the end of a download only when the server shuts down, and
+// longer than that waits for clients which have nothing to wait for. gRPC counts it as sent.
+func TestShutdownSendsAll(t *testing.T) {
+	s := startServer(t, setup{sendBuffer: 16 << 10, change: func(c *server.Config) { c.ShutdownTimeout = time.Hour }})
+	a := cachetest.Key("a")
+	s.put(t, a, cachetest.Random(a, 170<<10)) // more than sockets buffer, but not than they and gRPC do
+	conn := dial(t, s)
+	g := conn.getCall(a, conn)
+	g.until("the beginning of the download", func() bool { return g.last == "200" })
+	waitUntil(t, "the download counts as sent", func() bool { return s.Requests() == 0 })
+	s.stop()
+	ended := make(chan struct{})
+	go func() {
+		s.end()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		t.Error("the server ended before the client had taken all")
+	case <-time.After(2500 * time.Millisecond): // it looks each second
+	}
+	g.until("the end of the download", func() bool { return g.ended[1] })
+	if g.status != "0" {
+		t.Errorf("the download ended with %q", g.status)
+	}
+	// The client does not answer to what says that the server goes away.
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Error("the server waits for a client that has taken all")
+		conn.Close()
+	}
+}
