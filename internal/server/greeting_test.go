@@ -403,6 +403,35 @@ func TestStalledNeighbour(t *testing.T) {
 	<-conn.done // for the server holds what was not taken until the connection is closed
 }
 
+// TestBusyNeighbour has an upload whose client says nothing more, on a connection on which much else comes.
+// That is taken for the upload only up to what a message may have.
+func TestBusyNeighbour(t *testing.T) {
+	const rate = 4 << 20 // at which a message may take a second
+	s := startServer(t, setup{change: func(c *server.Config) {
+		c.StallTimeout = stall
+		c.MinUploadRate = rate
+	}})
+	conn := dialNative(t, s)
+	id := conn.call()
+	conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		nothing := make([]byte, 16<<10)
+		for err := error(nil); err == nil; { // frames that gRPC does not know
+			select {
+			case <-stop:
+				return
+			default:
+				err = conn.write(func() error { return conn.framer.WriteRawFrame(0xFF, 0, 0, nothing) })
+			}
+		}
+	}()
+	conn.wantStatus(id, codes.DeadlineExceeded, "CLIENT_TOO_SLOW", strings.Replace(tooSlowText, "8192", fmt.Sprint(rate), 1))
+	close(stop)
+	<-stopped
+}
+
 // TestUntakenEnds has clients that do not take what is left of an answer when its handler has returned.
 func TestUntakenEnds(t *testing.T) {
 	s := startServer(t, setup{change: impatient})

@@ -336,10 +336,11 @@ func (c *call) RecvMsg(message any) error {
 }
 
 // progress returns how much of the message that is waited for came since this was asked before. gRPC
-// keeps that to itself, so what came on the connection is divided among the calls that wait.
+// keeps that to itself, so what came on the connection is divided among the calls that wait, up to what a
+// message may have.
 func (c *call) progress() int {
 	received := c.conn.received.Load()
-	n := (received - c.mark) / max(1, c.conn.waiting.Load())
+	n := min((received-c.mark)/max(1, c.conn.waiting.Load()), maxMessageSize-c.credited.Load())
 	c.mark = received
 	c.credited.Add(n)
 	return int(n)
