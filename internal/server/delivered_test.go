@@ -2,8 +2,10 @@ package server
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
+	"os"
 	"testing"
 	"time"
 
@@ -14,21 +16,7 @@ import (
 // TestDelivered proves that net/http reads the end of a connection that is gRPC's, and that whatever it
 // then does to it does nothing.
 func TestDelivered(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	client, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	accepted, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer accepted.Close()
+	client, accepted := tcpPair(t)
 
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
@@ -46,7 +34,7 @@ func TestDelivered(t *testing.T) {
 
 	var came []byte
 	g := newGreeter(DefaultConfig, func(conn *net.TCPConn, beginning []byte) { came = bytes.Clone(beginning) })
-	conn := g.greet(accepted.(*net.TCPConn))
+	conn := g.greet(accepted)
 	for range 2 {
 		if n, err := conn.Read(make([]byte, 14)); n != 0 || err != io.EOF {
 			t.Fatalf("net/http read %d bytes, %v; want the end", n, err)
@@ -75,5 +63,44 @@ func TestDelivered(t *testing.T) {
 	client.Write([]byte("x"))
 	if _, err := accepted.Read(make([]byte, 1)); err != nil {
 		t.Error(err)
+	}
+}
+
+// tcpPair returns the two ends of a connection.
+func tcpPair(t *testing.T) (client, accepted *net.TCPConn) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	other, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { other.Close() })
+	return conn.(*net.TCPConn), other.(*net.TCPConn)
+}
+
+// TestReleaseFails proves that nothing more is sent on a connection where what was held could not be sent.
+func TestReleaseFails(t *testing.T) {
+	_, accepted := tcpPair(t)
+	conn := newGreeter(DefaultConfig, nil).greet(accepted)
+	conn.hold()
+	if n, err := conn.Write([]byte("held")); n != 4 || err != nil {
+		t.Fatal(n, err)
+	}
+	conn.SetWriteDeadline(time.Unix(1, 0))
+	if err := conn.release(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("release returned %v", err)
+	}
+	conn.SetWriteDeadline(time.Time{}) // as net/http does
+	if _, err := conn.Write([]byte("the next answer")); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the next answer was written, %v", err)
 	}
 }

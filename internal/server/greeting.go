@@ -100,6 +100,9 @@ func (c *clearConn) release() error {
 	held := c.held
 	c.held = nil
 	_, err := c.TCPConn.Write(*held)
+	if err != nil {
+		c.Close() // for net/http takes all of it for sent, and would go on behind a part
+	}
 	*held = (*held)[:0]
 	heldBytes.Put(held)
 	return err

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"net"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -11,19 +10,10 @@ import (
 // TestCloseIdle proves that a connection on which a download was given up is closed when it is idle and all
 // is written, and not while a call that began later is in flight.
 func TestCloseIdle(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	tcp, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tcp.Close()
+	tcp, _ := tcpPair(t)
 	synctest.Test(t, func(t *testing.T) {
 		var closed atomic.Bool
-		conn := (&Server{config: DefaultConfig}).newNativeConn(tcp.(*net.TCPConn), nil, func() { closed.Store(true) })
+		conn := (&Server{config: DefaultConfig}).newNativeConn(tcp, nil, func() { closed.Store(true) })
 		wait := func(d time.Duration, want bool, what string) {
 			t.Helper()
 			time.Sleep(d)
