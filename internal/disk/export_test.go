@@ -1,5 +1,7 @@
 package disk
 
+import "github.com/polykit/polykit-cache/internal/artifact"
+
 // Hot returns how many artifacts are kept in memory, and what they are counted as in bytes.
 func (s *Store) Hot() (artifacts int, size int64) {
 	s.hot.mu.Lock()
@@ -8,4 +10,12 @@ func (s *Store) Hot() (artifacts int, size int64) {
 		return 0, s.hot.size
 	}
 	return s.hot.lru.Len(), s.hot.size
+}
+
+// Kept returns what is kept of an artifact, so that tests can tell whether it is the same as before.
+func (s *Store) Kept(key artifact.Key) any {
+	s.hot.mu.Lock()
+	defer s.hot.mu.Unlock()
+	kept, _ := s.hot.lru.Peek(key)
+	return kept
 }

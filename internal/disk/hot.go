@@ -98,9 +98,13 @@ func (h *hot) put(a *hotArtifact) {
 // keep keeps what is known of an artifact and, if it is small, its bytes; then it returns those instead
 // of the file.
 func (h *hot) keep(file *os.File, stat fs.FileInfo, info artifact.Info) io.ReadSeekCloser {
-	a := &hotArtifact{stat: stat, info: info}
-	if h.lru == nil || info.Size > hotContentSize || hotOverhead+info.Size > h.most/16 {
-		h.put(a)
+	if h.lru == nil {
+		return file
+	}
+	if info.Size > hotContentSize || hotOverhead+info.Size > h.most/16 {
+		if h.get(info.Key, stat) == nil {
+			h.put(&hotArtifact{stat: stat, info: info})
+		}
 		return file
 	}
 	content := make([]byte, info.Size)
@@ -108,7 +112,7 @@ func (h *hot) keep(file *os.File, stat fs.FileInfo, info artifact.Info) io.ReadS
 		return file // which will say so itself
 	}
 	file.Close()
-	a.content = content
+	a := &hotArtifact{stat: stat, info: info, content: content}
 	h.put(a)
 	return a.open()
 }

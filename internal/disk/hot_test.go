@@ -126,6 +126,11 @@ func TestHotBounds(t *testing.T) {
 		if n := r.log.inspections(); n != 0 {
 			t.Errorf("what is known of it was not kept: it was verified %d times", n)
 		}
+		kept := r.store.Kept(key)
+		r.serves(t, key, large)
+		if r.store.Kept(key) != kept {
+			t.Error("what was kept already was kept once more")
+		}
 	})
 	t.Run("nothing is kept", func(t *testing.T) {
 		r := open(t, t.TempDir())
