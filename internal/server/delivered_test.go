@@ -104,3 +104,44 @@ func TestReleaseFails(t *testing.T) {
 		t.Errorf("the next answer was written, %v", err)
 	}
 }
+
+// TestGreetTime has clients that are connected and make no call. They are left to net/http, but not in the
+// middle of a frame.
+func TestGreetTime(t *testing.T) {
+	for name, test := range map[string]struct {
+		part string // of the next frame
+		err  error
+	}{
+		"idle":               {"", nil},
+		"the part of a ping": {"\x00\x00\x08", os.ErrDeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, accepted := tcpPair(t)
+			config := DefaultConfig
+			config.IdleTimeout = 20 * time.Second // after which it would be closed
+			config.HeaderTimeout = time.Second
+			g := newGreeter(config, func(*net.TCPConn, []byte) { t.Error("the connection is taken for gRPC's") })
+			g.time = 100 * time.Millisecond
+			var began bytes.Buffer
+			began.WriteString(http2.ClientPreface)
+			http2.NewFramer(&began, nil).WriteSettings()
+			client.Write(append(bytes.Clone(began.Bytes()), test.part...))
+			conn := g.greet(accepted)
+			got := make([]byte, began.Len())
+			if n, err := io.ReadFull(conn, got); !errors.Is(err, test.err) || err == nil && !bytes.Equal(got, began.Bytes()) {
+				t.Fatalf("net/http read %q, %v; want what came, %v", got[:n], err, test.err)
+			}
+			if test.err != nil {
+				return
+			}
+			conn.SetReadDeadline(time.Time{}) // as net/http does behind the preface
+			var ping bytes.Buffer
+			http2.NewFramer(&ping, nil).WritePing(false, [8]byte{1})
+			client.Write(ping.Bytes())
+			got = make([]byte, ping.Len())
+			if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, ping.Bytes()) {
+				t.Errorf("net/http read %q, %v; want the ping", got, err)
+			}
+		})
+	}
+}

@@ -3,9 +3,11 @@ package server
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +25,9 @@ const (
 	maxFrame    = 16 << 10
 	// maxPings is how many pings are answered before the first request.
 	maxPings = 100
+	// greetTime is how long the first call is waited for before a connection is left to net/http. Only then
+	// is it known who acknowledges the client's settings, and gRPC's C core waits for that for a minute.
+	greetTime = 20 * time.Second
 	// headerTable is the size of the table with which clients compress headers, unless they are told
 	// another.
 	headerTable = 4096
@@ -37,6 +42,7 @@ const (
 // every way as if a library for gRPC had sent it stays with net/http.
 type greeter struct {
 	config  Config
+	time    time.Duration                        // greetTime, but in tests
 	deliver func(conn *net.TCPConn, came []byte) // takes the connections of gRPC clients
 
 	mu     sync.Mutex
@@ -45,7 +51,7 @@ type greeter struct {
 }
 
 func newGreeter(config Config, deliver func(*net.TCPConn, []byte)) *greeter {
-	return &greeter{config: config, deliver: deliver, open: map[*clearConn]struct{}{}}
+	return &greeter{config: config, time: greetTime, deliver: deliver, open: map[*clearConn]struct{}{}}
 }
 
 // greet returns a connection as net/http is to have it.
@@ -166,6 +172,7 @@ type greeting struct {
 	acked    bool // and acknowledged, which net/http must not see: it has sent one set less
 	pings    int
 	until    time.Time // how long the connection may be idle
+	leave    time.Time // when it is left to net/http
 	began    time.Time // when the frame began of which a part is there
 
 	known   bool              // whose the connection is
@@ -231,8 +238,12 @@ func (g *greeting) find() {
 	g.next = len(http2.ClientPreface)
 	g.began = time.Now()
 	g.until = g.began.Add(config.IdleTimeout)
+	g.leave = g.began.Add(g.conn.greeter.time)
 	for first := true; g.next <= config.MaxHeaderSize+maxFrame; first = false {
 		frame, err := g.frame()
+		if errors.Is(err, os.ErrDeadlineExceeded) && len(g.came) == g.next && !time.Now().Before(g.leave) {
+			break
+		}
 		if err != nil {
 			g.stay()
 			g.end = err
@@ -309,6 +320,9 @@ func (g *greeting) more() error {
 		deadline := g.until
 		if end := g.began.Add(config.HeaderTimeout); !g.began.IsZero() && end.Before(deadline) {
 			deadline = end
+		}
+		if len(g.came) == g.next && g.leave.Before(deadline) {
+			deadline = g.leave
 		}
 		g.conn.SetReadDeadline(deadline)
 	}
