@@ -757,24 +757,25 @@ func TestChunksOfNothing(t *testing.T) {
 	const many = 100_000
 	nothing := func(t *testing.T) []byte { return bytes.Repeat(grpcFrame(t, chunk(nil)), many) }
 	for _, test := range []struct {
-		name string
-		send func(t *testing.T, conn *frames) (wanted func())
+		name   string
+		isCall bool
+		send   func(t *testing.T, conn *frames) (wanted func())
 	}{
-		{"messages", func(t *testing.T, conn *frames) func() {
+		{"messages", true, func(t *testing.T, conn *frames) func() {
 			id := conn.call()
 			conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
 			conn.send(id, nothing(t), 16<<10, false)
 			conn.send(id, grpcFrame(t, chunk(artifactA)), 16<<10, true)
 			return func() { conn.wantStatus(id, codes.OK, "", "") }
 		}},
-		{"messages, each in a frame", func(t *testing.T, conn *frames) func() {
+		{"messages, each in a frame", true, func(t *testing.T, conn *frames) func() {
 			id := conn.call()
 			conn.send(id, grpcFrame(t, header(keyA)), 16<<10, false)
 			conn.send(id, nothing(t), len(grpcFrame(t, chunk(nil))), false)
 			conn.send(id, grpcFrame(t, chunk(artifactA)), 16<<10, true)
 			return func() { conn.wantStatus(id, codes.OK, "", "") }
 		}},
-		{"frames", func(t *testing.T, conn *frames) func() {
+		{"frames", false, func(t *testing.T, conn *frames) func() {
 			id := conn.mustOpen(false, "PUT", "/v1/artifacts/"+keyA)
 			for range many {
 				if err := conn.write(func() error { return conn.framer.WriteData(id, false, nil) }); err != nil {
@@ -784,7 +785,7 @@ func TestChunksOfNothing(t *testing.T) {
 			conn.send(id, artifactA, 16<<10, true)
 			return func() { conn.want(id, "201", "") }
 		}},
-		{"frames of padding", func(t *testing.T, conn *frames) func() {
+		{"frames of padding", false, func(t *testing.T, conn *frames) func() {
 			id := conn.mustOpen(false, "PUT", "/v1/artifacts/"+keyA)
 			padding := make([]byte, 255)
 			for range 200 { // as the window allows, whatever comes back
@@ -797,14 +798,21 @@ func TestChunksOfNothing(t *testing.T) {
 			return func() { conn.want(id, "201", "") }
 		}},
 	} {
-		t.Run(test.name, func(t *testing.T) {
+		run := func(t *testing.T, dial func(*testing.T, *testServer, ...http2.Setting) *frames) {
 			s := startServer(t, setup{})
 			checkAbuse(t, s, 64<<20, func(t *testing.T, meanwhile func()) {
-				wanted := test.send(t, dialFrames(t, s))
+				wanted := test.send(t, dial(t, s))
 				meanwhile()
 				wanted()
 				stores(keyA, artifactA)(t, s)
 			})
+		}
+		t.Run(test.name, func(t *testing.T) {
+			if test.isCall {
+				bothWays(t, run)
+			} else {
+				run(t, dialFrames)
+			}
 		})
 	}
 }
@@ -925,5 +933,31 @@ func TestPingsThatNobodyReads(t *testing.T) {
 		}
 		meanwhile()
 		conn.sendUntilCut(pings.String())
+	})
+}
+
+// TestTinyFrames has calls whose messages come a byte to a frame, each of which costs gRPC some 50 bytes. The
+// server closes the connection before they cost much.
+func TestTinyFrames(t *testing.T) {
+	s := startServer(t, setup{})
+	checkAbuse(t, s, 32<<20, func(t *testing.T, meanwhile func()) {
+		const calls, size = 4, 4 << 20
+		conn := dialNative(t, s)
+		var round bytes.Buffer // a byte for each call
+		for range calls {
+			id := conn.call()
+			conn.send(id, binary.BigEndian.AppendUint32([]byte{0}, size), 5, false)
+			conn.wait("all of the message may come", func() bool { return conn.windows[id] > size/2 })
+			http2.NewFramer(&round, nil).WriteData(id, false, []byte{1})
+		}
+		meanwhile()
+		part := bytes.Repeat(round.Bytes(), 1<<10)
+		for sent := 0; sent < size-1<<10; sent += 1 << 10 { // the messages do not end
+			if conn.write(func() error { _, err := conn.Write(part); return err }) != nil {
+				return
+			}
+		}
+		conn.ping()
+		t.Errorf("the server took %d bytes, each in a frame", calls*size)
 	})
 }

@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -11,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -39,6 +42,12 @@ const (
 	leastPingInterval = 5 * time.Second
 	// maxGivenUp is how many downloads may be given up on one connection while others are in progress.
 	maxGivenUp = 4
+	// tinyFrame is how many bytes a DATA frame must have to be worth what it costs: gRPC keeps each as it
+	// came until the message is there, in some 50 bytes beside its own.
+	tinyFrame = 32
+	// maxTinyFrames is how many that have fewer may come on a connection beside those of messages that were
+	// received, which may be two for each.
+	maxTinyFrames = 64 << 10
 	// closeDelay is how long a connection stays open when the last of what was sent on it is on its way.
 	closeDelay = time.Second
 )
@@ -140,6 +149,8 @@ func (l *nativeListener) Addr() net.Addr { return l.address }
 type nativeConn struct {
 	*net.TCPConn
 	came       []byte // and is to be read first
+	frames     frameCounter
+	tiny       atomic.Int64 // tiny frames that came, beside those of messages that were received
 	config     *Config
 	writeUntil time.Time     // the deadline for writing
 	writing    atomic.Bool   // what no call owes any more may be in a Write that is not done yet
@@ -158,7 +169,7 @@ type nativeConn struct {
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
 // called once.
 func (s *Server) newNativeConn(tcp *net.TCPConn, came []byte, closed func()) *nativeConn {
-	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, allWriting: &s.writing, calls: map[*call]struct{}{}}
+	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, allWriting: &s.writing, frames: frameCounter{left: len(http2.ClientPreface)}, calls: map[*call]struct{}{}}
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
@@ -182,7 +193,40 @@ func (c *nativeConn) Read(p []byte) (n int, err error) {
 		n, err = c.TCPConn.Read(p)
 	}
 	c.received.Add(int64(n))
+	if tiny := c.frames.tiny(p[:n]); tiny > 0 && c.tiny.Add(int64(tiny)) > maxTinyFrames {
+		return 0, errTinyFrames
+	}
 	return n, err
+}
+
+// errTinyFrames says that a client sends messages in very many pieces.
+var errTinyFrames = errors.New("the client sends too many DATA frames of a few bytes")
+
+// frameCounter counts tiny DATA frames.
+type frameCounter struct {
+	header [frameHeader]byte // of the next frame, as far as it came
+	got    int               // how far that is
+	left   int               // bytes that are still to come before it
+}
+
+// tiny returns how many tiny frames begin in what came next.
+func (f *frameCounter) tiny(p []byte) (tiny int) {
+	for len(p) > 0 {
+		skipped := min(f.left, len(p))
+		f.left -= skipped
+		n := copy(f.header[f.got:], p[skipped:])
+		f.got += n
+		p = p[skipped+n:]
+		if f.got < frameHeader {
+			continue
+		}
+		f.got = 0
+		f.left = int(binary.BigEndian.Uint32(f.header[:]) >> 8)
+		if http2.FrameType(f.header[3]) == http2.FrameData && 0 < f.left && f.left < tinyFrame {
+			tiny++
+		}
+	}
+	return tiny
 }
 
 // Write gives a client up that does not take p in the time that it may. It is not called concurrently.
@@ -332,6 +376,9 @@ func (c *call) RecvMsg(message any) error {
 		return err
 	}
 	c.isUpload = isUpload
+	if c.conn.tiny.Load() > 0 {
+		c.conn.tiny.Add(-2)
+	}
 	return nil
 }
 
