@@ -7,10 +7,10 @@ import (
 	"strings"
 )
 
-// Shortest and longest cache key, in hexadecimal digits.
 const (
-	minKeyLength = 32
-	maxKeyLength = 128
+	minKeyDigits = 32
+	// MaxKeyDigits is how many hexadecimal digits the longest cache key has.
+	MaxKeyDigits = 128
 )
 
 // ErrInvalidKey is wrapped by every error of ParseKey.
@@ -23,15 +23,15 @@ type Key struct{ digits string }
 
 // ParseKey returns the key that s names. Letters of either case name the same key.
 func ParseKey(s string) (Key, error) {
-	if len(s) < minKeyLength || len(s) > maxKeyLength {
+	if len(s) < minKeyDigits || len(s) > MaxKeyDigits {
 		return Key{}, fmt.Errorf("%w: it has %d characters; a key has %d to %d hexadecimal digits",
-			ErrInvalidKey, len(s), minKeyLength, maxKeyLength)
+			ErrInvalidKey, len(s), minKeyDigits, MaxKeyDigits)
 	}
 	for i := range len(s) {
 		c := s[i]
 		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F') {
 			return Key{}, fmt.Errorf("%w: character %d is %q; a key has %d to %d hexadecimal digits",
-				ErrInvalidKey, i+1, c, minKeyLength, maxKeyLength)
+				ErrInvalidKey, i+1, c, minKeyDigits, MaxKeyDigits)
 		}
 	}
 	// A copy, for s may be a part of a much longer text, and keys are kept for long.

@@ -82,8 +82,60 @@ type Store interface {
 	// uploaded again. It does nothing if the artifact that info describes is not stored any more.
 	Quarantine(ctx context.Context, info artifact.Info, reason error) error
 
+	// Remove removes an artifact, so that its key can be uploaded again, and returns what it took on the
+	// disk. It returns ErrNotFound if there is none.
+	Remove(ctx context.Context, key artifact.Key) (diskSize int64, err error)
+
+	// Pin marks an artifact as one that retention must keep, or takes the mark away; a mark survives a
+	// power cut. It returns ErrNotFound if there is no sound artifact.
+	Pin(ctx context.Context, key artifact.Key, pinned bool) error
+
 	// Check returns an error that says why, if the store can't take uploads now.
 	Check(ctx context.Context) error
+}
+
+// Stored is what a store holds under a key.
+type Stored struct {
+	// Info is what is known of the artifact. Of one that was not verified yet it is only Key, Size and
+	// StoredAt.
+	artifact.Info
+	// DiskSize is how many bytes it takes on the disk, in whole blocks and with what the store keeps
+	// beside it.
+	DiskSize int64
+	// Pinned says that retention must keep it.
+	Pinned bool
+}
+
+// Verified says whether the artifact was found sound.
+func (s Stored) Verified() bool { return s.Hash != artifact.Digest{} }
+
+// File is what a store can say of an artifact at a glance.
+type File struct {
+	// Key is the key that it is stored under.
+	Key artifact.Key
+	// Size is the number of its bytes.
+	Size int64
+	// DiskSize is as in Stored.
+	DiskSize int64
+	// StoredAt is when it was stored, in Unix nanoseconds.
+	StoredAt int64
+}
+
+// Observer is told what happens to artifacts, after it happened. It must not block.
+type Observer interface {
+	// Stored is told of an upload that was stored.
+	Stored(Stored)
+	// Found is told of an artifact that was in the store and of which something else is known now.
+	Found(Stored)
+	// Pinned is told of an artifact that was pinned, or unpinned.
+	Pinned(key artifact.Key, pinned bool)
+	// Removed is told of an artifact that was stored and is not any more, and what it took on the disk.
+	Removed(key artifact.Key, diskSize int64)
+	// Hit is told of a download that found an artifact, Missed of one that did not.
+	Hit(artifact.Key)
+	Missed(artifact.Key)
+	// Used is told of an artifact that was asked for without its bytes.
+	Used(artifact.Key)
 }
 
 // Upload is an artifact on its way into a Store. It must not be used concurrently.
@@ -106,6 +158,8 @@ type Upload interface {
 type Config struct {
 	// MaxSize is the most bytes that an artifact may have as it is uploaded, at least 1.
 	MaxSize int64
+	// Observer is told of downloads and misses. It may be nil.
+	Observer Observer
 }
 
 // Cache stores and serves artifacts. It is safe for concurrent use.
@@ -158,12 +212,55 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 
 // Get returns an artifact's bytes, which the caller must close, and what is known of it.
 func (c *Cache) Get(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
-	return c.store.Open(ctx, key)
+	file, info, err := c.store.Open(ctx, key)
+	if c.config.Observer != nil {
+		switch {
+		case err == nil:
+			c.config.Observer.Hit(key)
+		case errors.Is(err, ErrNotFound):
+			c.config.Observer.Missed(key)
+		}
+	}
+	return file, info, err
 }
 
-// Stat returns what is known of an artifact.
+// Stat returns what is known of an artifact. Who asks is about to use it.
 func (c *Cache) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
-	return c.store.Stat(ctx, key)
+	info, err := c.store.Stat(ctx, key)
+	if err == nil && c.config.Observer != nil {
+		c.config.Observer.Used(key)
+	}
+	return info, err
+}
+
+// Missing returns those of some keys that have no artifact, each once. The others count as used.
+func (c *Cache) Missing(ctx context.Context, keys []artifact.Key) ([]artifact.Key, error) {
+	var missing []artifact.Key
+	seen := make(map[artifact.Key]bool, len(keys))
+	for _, key := range keys {
+		if seen[key] {
+			continue
+		}
+		seen[key] = true
+		switch _, err := c.Stat(ctx, key); {
+		case errors.Is(err, ErrNotFound):
+			missing = append(missing, key)
+		case err != nil:
+			return nil, err
+		}
+	}
+	return missing, nil
+}
+
+// Delete removes an artifact, so that its key can be uploaded again. Downloads that have begun get all of it.
+func (c *Cache) Delete(ctx context.Context, key artifact.Key) error {
+	_, err := c.store.Remove(ctx, key)
+	return err
+}
+
+// Pin keeps an artifact from being evicted, or does so no more.
+func (c *Cache) Pin(ctx context.Context, key artifact.Key, pinned bool) error {
+	return c.store.Pin(ctx, key, pinned)
 }
 
 // Files lists the files in an artifact, in ascending order of the bytes of their paths. It verifies

@@ -26,8 +26,8 @@ var _ cache.Store = (*Memory)(nil)
 
 // Faults are the errors that the operations of a Memory return; those without one work.
 type Faults struct {
-	// Create, Open, Stat, Quarantine and Check are what these methods return.
-	Create, Open, Stat, Quarantine, Check error
+	// Create, Open, Stat, Quarantine, Remove, Pin and Check are what these methods return.
+	Create, Open, Stat, Quarantine, Remove, Pin, Check error
 
 	// Write is what Upload.Write returns once an upload has WriteAfter bytes.
 	Write      error
@@ -135,6 +135,32 @@ func (m *Memory) Quarantine(_ context.Context, info artifact.Info, reason error)
 		m.quarantined = append(m.quarantined, reason)
 	}
 	return nil
+}
+
+// Remove implements cache.Store. In memory an artifact takes no disk.
+func (m *Memory) Remove(_ context.Context, key artifact.Key) (diskSize int64, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.faults.Remove != nil {
+		return 0, m.faults.Remove
+	}
+	if _, ok := m.stored[key]; !ok {
+		return 0, cache.ErrNotFound
+	}
+	delete(m.stored, key)
+	return 0, nil
+}
+
+// Pin implements cache.Store. Nothing is ever evicted from memory, so there is nothing to note.
+func (m *Memory) Pin(ctx context.Context, key artifact.Key, _ bool) error {
+	m.mu.Lock()
+	fault := m.faults.Pin
+	m.mu.Unlock()
+	if fault != nil {
+		return fault
+	}
+	_, err := m.Stat(ctx, key)
+	return err
 }
 
 // Check implements cache.Store.

@@ -38,6 +38,8 @@ func TestStore(t *testing.T, open func(t *testing.T) cache.Store) {
 		{"an open file outlives its artifact", (*storeTest).openFile},
 		{"quarantine frees the key", (*storeTest).quarantine},
 		{"quarantine spares what it does not mean", (*storeTest).quarantineOther},
+		{"what was removed is a miss", (*storeTest).remove},
+		{"a pin changes nothing that is served", (*storeTest).pin},
 		{"of many commits of one key exactly one wins", (*storeTest).race},
 		{"many keys at once", (*storeTest).manyKeys},
 		{"a commit is seen as a whole", (*storeTest).seenAsAWhole},
@@ -284,6 +286,41 @@ func (t *storeTest) quarantineOther() {
 		t.serves(second, info)
 		t.noError("Quarantine of what was replaced", t.store.Quarantine(t.ctx, old, errDamaged))
 		t.serves(second, info)
+	}
+}
+
+func (t *storeTest) remove() {
+	other := sampleOf(Key("other"), "content")
+	info := t.put(other)
+	a := sampleOf(Key("a"), "content 1")
+	for i := range 3 {
+		t.serves(a, t.put(a))
+		file, _, err := t.store.Open(t.ctx, a.info.Key)
+		t.noError("Open", err)
+		_, err = t.store.Remove(t.ctx, Key("a"))
+		t.noError("Remove", err)
+		t.lacks(Key("a"))
+		if got, err := io.ReadAll(file); err != nil || !bytes.Equal(got, a.content) {
+			t.Errorf("a file that was open when its artifact was removed has %q, %v", got, err)
+		}
+		t.noError("Close", file.Close())
+		if _, err := t.store.Remove(t.ctx, Key("a")); !errors.Is(err, cache.ErrNotFound) {
+			t.Errorf("Remove of what was removed returned %v, want %v", err, cache.ErrNotFound)
+		}
+		a = sampleOf(Key("a"), fmt.Sprint("content ", i+2))
+	}
+	t.serves(other, info)
+}
+
+func (t *storeTest) pin() {
+	if err := t.store.Pin(t.ctx, Key("a"), true); !errors.Is(err, cache.ErrNotFound) {
+		t.Errorf("Pin of a miss returned %v, want %v", err, cache.ErrNotFound)
+	}
+	a := sampleOf(Key("a"), "content of a")
+	info := t.put(a)
+	for _, pinned := range []bool{true, true, false, false} {
+		t.noError("Pin", t.store.Pin(t.ctx, Key("a"), pinned))
+		t.serves(a, info)
 	}
 }
 

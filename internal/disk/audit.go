@@ -281,7 +281,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		return nil, err
 	}
 	f.Size = stat.Size()
-	known, synced, lack := a.memo(f.Key, stat)
+	known, memo, lack := a.memo(f.Key, stat)
 
 	_, info, err := s.verifier.InspectNow(ctx, a.read(ctx, file), f.Key)
 	if ctx.Err() != nil {
@@ -302,15 +302,15 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		if !a.repair && time.Since(stat.ModTime()) < time.Minute && !sleep(ctx, memoPause) {
 			return nil, ctx.Err()
 		}
-		known, synced, lack = a.memo(f.Key, stat)
+		known, memo, lack = a.memo(f.Key, stat)
 	}
 	if lack == nil && known.Hash != info.Hash {
 		return a.damaged(f, stat, hashDiffers(info.Hash, known.Hash))
 	}
 	f.State = StateSound
 	if lack == nil && known == info {
-		if a.repair && !synced {
-			if err := s.writeMemo(info, file.Sync() == nil); err != nil {
+		if a.repair && memo.Boot != "" {
+			if err := s.writeMemo(info, memo.Pinned, file.Sync() == nil); err != nil {
 				return nil, err
 			}
 		}
@@ -323,21 +323,22 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		}
 	}
 	if a.repair {
-		if err := s.writeMemo(info, file.Sync() == nil); err != nil {
+		if err := s.writeMemo(info, memo.pins(), file.Sync() == nil); err != nil {
 			return nil, err
 		}
+		s.tell(info, memo.pins(), s.observer.Found)
 		f.Repaired = f.State == StateMemo
 	}
 	return f, nil
 }
 
-// memo is readMemo that also says whether the artifact was synced when its memo was written.
-func (a *auditor) memo(key artifact.Key, stat fs.FileInfo) (known artifact.Info, synced bool, lack error) {
-	m, lack := a.store.loadMemo(key)
+// memo is readMemo that also returns the memo itself.
+func (a *auditor) memo(key artifact.Key, stat fs.FileInfo) (known artifact.Info, m memo, lack error) {
+	m, lack = a.store.loadMemo(key)
 	if lack == nil {
 		known, lack = m.info(key, stat)
 	}
-	return known, m.Boot == "", lack
+	return known, m, lack
 }
 
 // unverified is about an artifact over the limits, which may be what it was all the same.

@@ -52,10 +52,12 @@ import (
 
 // upload implements cache.Upload.
 type upload struct {
+	ctx      context.Context
 	store    *Store
 	key      artifact.Key
 	file     *os.File // nil once it is committed or aborted
-	promised int64    // bytes that are still to be written
+	reserved int64    // bytes that are set aside for it
+	promised int64    // of these, what is still to be written
 	written  int64
 	begun    int64 // of what is written, what is on its way to the disk
 }
@@ -66,26 +68,22 @@ const writebackSize = 8 << 20
 // Write asks for the space of what was not declared. What is written counts as taken on the file
 // system itself.
 func (u *upload) Write(p []byte) (int, error) {
-	if more := int64(len(p)) - u.promised; more > 0 {
-		if err := u.store.space.promise(more); err != nil {
+	if more := u.written + int64(len(p)) + uploadOverhead - u.reserved; more > 0 {
+		if err := u.store.space.promise(u.ctx, more, u.reserved); err != nil {
 			return 0, translate(err)
 		}
+		u.reserved += more
 		u.promised += more
 	}
 	n, err := u.file.Write(p)
-	u.keep(int64(n))
+	u.store.space.written(int64(n))
+	u.promised -= int64(n)
 	u.written += int64(n)
 	if u.store.synced && u.written-u.begun >= writebackSize {
 		beginWriteback(u.file, u.begun, u.written-u.begun)
 		u.begun = u.written
 	}
 	return n, translate(err)
-}
-
-// keep gives back space that was promised.
-func (u *upload) keep(size int64) {
-	u.store.space.keep(size)
-	u.promised -= size
 }
 
 func (u *upload) Commit(_ context.Context, info artifact.Info) (artifact.Info, error) {
@@ -120,14 +118,15 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	if err := s.inShard(u.key, func() error { return u.link(path) }); err != nil {
 		return info, err
 	}
-	u.Abort()
-	if err := s.writeMemo(info, s.synced); err != nil {
+	u.discard()
+	if err := s.writeMemo(info, false, s.synced); err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
 	}
 	if err := s.inShard(u.key, func() error { return s.syncDir(filepath.Dir(path)) }); err != nil {
 		os.Remove(s.memoPath(u.key))
 		return info, errors.Join(err, os.Remove(path))
 	}
+	s.tell(info, false, s.observer.Stored)
 	return info, nil
 }
 
@@ -140,7 +139,7 @@ func (u *upload) link(path string) error {
 	}
 	err := link()
 	if errors.Is(err, fs.ErrNotExist) || noDir(err) { // somebody removed the shard since it was made
-		u.store.shards.forget(u.key)
+		u.store.shards.forget(shardNumber(shard(u.key)))
 		err = link()
 	}
 	if errors.Is(err, fs.ErrExist) {
@@ -149,12 +148,18 @@ func (u *upload) link(path string) error {
 	return err
 }
 
-// Abort closes and removes the temporary file, which after the commit is only a second name.
+// Abort gives back what is set aside for the upload, and all else that it holds.
 func (u *upload) Abort() {
+	u.discard()
+	u.store.space.release(u.reserved, u.promised)
+	u.reserved, u.promised = 0, 0
+}
+
+// discard closes and removes the temporary file, which after the commit is only a second name.
+func (u *upload) discard() {
 	if u.file == nil {
 		return
 	}
-	u.keep(u.promised)
 	u.file.Close()
 	if err := os.Remove(u.file.Name()); err != nil {
 		u.store.log.Warn("could not remove a temporary file; the next start will", "path", u.file.Name(), "error", err)
@@ -162,63 +167,75 @@ func (u *upload) Abort() {
 	u.file = nil
 }
 
-// durableShards knows which shards' directories this process has made durable: at most 256 with 256
-// in each.
+// durableShards knows which directories this process has made durable, by the numbers of their digits.
 type durableShards struct {
-	mu   sync.Mutex
-	done map[string]bool
+	mu     sync.Mutex
+	outers [1 << 8]bool
+	inners [shardCount]bool
 }
 
-func (d *durableShards) has(shard string) bool {
+// has says whether a shard's directory is durable, and the one that it is in.
+func (d *durableShards) has(shard int) (outer, inner bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.done[shard]
+	return d.outers[shard>>8], d.inners[shard]
 }
 
-func (d *durableShards) add(shard string) {
+// add says that both are.
+func (d *durableShards) add(shard int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.done == nil {
-		d.done = map[string]bool{}
-	}
-	d.done[shard] = true
+	d.outers[shard>>8], d.inners[shard] = true, true
 }
 
-// forget makes the next upload look at the shard of a key again.
-func (d *durableShards) forget(key artifact.Key) {
+// forget makes the next upload look at a shard again.
+func (d *durableShards) forget(shard int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.done, shard(key))
-	delete(d.done, filepath.Dir(shard(key)))
+	d.outers[shard>>8], d.inners[shard] = false, false
 }
 
 // makeShard makes the directory of a key's shard, and its name durable.
 func (s *Store) makeShard(key artifact.Key) error {
-	inner := shard(key)
-	for _, shard := range []string{filepath.Dir(inner), inner} {
-		if s.shards.has(shard) {
-			continue
-		}
-		path := filepath.Join(s.dir, shard)
-		err := os.Mkdir(path, 0o755)
-		if errors.Is(err, fs.ErrExist) {
-			err = s.replaceByDir(path)
-		}
-		if err == nil {
-			err = s.syncDir(filepath.Dir(path))
-		}
-		if err != nil {
+	path := shard(key)
+	number := shardNumber(path)
+	outer, inner := s.shards.has(number)
+	if !outer {
+		if err := s.makeShardDir(key, filepath.Dir(path)); err != nil {
 			return err
 		}
-		s.shards.add(shard)
 	}
+	if !inner {
+		if err := s.makeShardDir(key, path); err != nil {
+			return err
+		}
+	}
+	s.shards.add(number)
 	return nil
 }
 
-// replaceByDir makes a directory of what stands where one must be, if it is not one already.
-func (s *Store) replaceByDir(path string) error {
-	s.aside.Lock() // or else what is moved may be the directory that somebody else just made
-	defer s.aside.Unlock()
+func (s *Store) makeShardDir(key artifact.Key, name string) error {
+	path := filepath.Join(s.dir, name)
+	err := os.Mkdir(path, 0o755)
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		err = s.replaceByDir(path, s.aside.of(key.String()))
+	case err == nil:
+		if stat, err := os.Lstat(path); err == nil {
+			s.space.own.Add(blocks(stat))
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return s.syncDir(filepath.Dir(path))
+}
+
+// replaceByDir makes a directory of what stands where one must be, if it is not one already. It holds a
+// lock meanwhile, or else what is moved may be the directory that somebody else just made.
+func (s *Store) replaceByDir(path string, lock sync.Locker) error {
+	lock.Lock()
+	defer lock.Unlock()
 	if stat, err := os.Stat(path); err == nil && stat.IsDir() {
 		return nil
 	}

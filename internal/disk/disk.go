@@ -7,6 +7,7 @@
 //	<dir>/.polykit-cache.lock        locked while a server uses the directory
 //	<dir>/.polykit-cache/quarantine/ what was found damaged or in the way, each with its reason; may be deleted
 //	<dir>/.polykit-cache/scrub.json  how far the scrub is; may be deleted
+//	<dir>/.polykit-cache/index.db    package index's; may be deleted
 //
 // The .zst is the truth and its link is the one commit point; commit.go says why that is safe. The
 // memo is only a memo: where it is missing, torn, stale, or the Rust server's (which says less), it is
@@ -41,8 +42,11 @@ import (
 const (
 	tmpDir        = "tmp"
 	ownDir        = ".polykit-cache"
+	indexName     = "index.db" // with which the names of its files begin
 	quarantineDir = "quarantine"
-	lockName      = ".polykit-cache.lock"
+	// reasonExtension ends the name of the file that says why the one beside it is in quarantine.
+	reasonExtension = ".txt"
+	lockName        = ".polykit-cache.lock"
 
 	// ownTmp ends the names of the temporary files that this package makes.
 	ownTmp = ".part"
@@ -72,13 +76,15 @@ type Store struct {
 	verifier *artifact.Verifier
 	synced   bool // artifacts are, before they are acknowledged
 	log      *slog.Logger
+	observer cache.Observer
 	lock     *flock.Flock
 	shards   durableShards
 	space    space
 	hot      *hot
 
 	inspections singleflight.Group // in progress, by key
-	aside       sync.Mutex         // held from the look at a file that is in the way until it is moved
+	aside       outerLocks
+	tmpLock     sync.Mutex // held while something that is in the way of tmp/ is replaced
 }
 
 var _ cache.Store = (*Store)(nil)
@@ -112,12 +118,22 @@ func Open(config Config) (*Store, error) {
 		lock:     lock,
 		space:    space{dir: dir},
 		hot:      newHot(config.HotSize),
+		observer: unobserved{},
 	}
 	if err := s.sweep(); err != nil {
 		lock.Unlock()
 		return nil, err
 	}
 	return s, nil
+}
+
+// OwnDir is the directory for what a server keeps beside its artifacts. All of it may be deleted.
+func (s *Store) OwnDir() string { return filepath.Join(s.dir, ownDir) }
+
+// Manage has an observer told what is stored and removed, and limits what the store takes of the disk. It
+// must be called before everything else, if at all.
+func (s *Store) Manage(observer cache.Observer, limits Limits) {
+	s.observer, s.space.limits = observer, limits
 }
 
 // Close gives the directory back. Files that are still open may be read to their end; uploads may be
@@ -179,22 +195,22 @@ func (s *Store) path(key artifact.Key, extension string) string {
 
 // Create implements cache.Store. It goes by the memo of what is stored and does not make one, which would
 // wait for other verifications to end, this upload's among them: without a memo it is found by the commit.
-func (s *Store) Create(_ context.Context, key artifact.Key, size int64) (cache.Upload, error) {
+func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache.Upload, error) {
 	if stat, err := os.Lstat(s.artifactPath(key)); err == nil && stat.Mode().IsRegular() {
 		if _, err := s.known(key, stat); err == nil {
 			return nil, cache.ErrExists
 		}
 	}
-	size = max(size, 0)
-	if err := s.space.promise(size); err != nil {
+	size = max(size, 0) + uploadOverhead
+	if err := s.space.promise(ctx, size, 0); err != nil {
 		return nil, translate(err)
 	}
 	file, err := s.createTmp(key)
 	if err != nil {
-		s.space.keep(size)
+		s.space.release(size, size)
 		return nil, translate(err)
 	}
-	return &upload{store: s, key: key, file: file, promised: size}, nil
+	return &upload{ctx: ctx, store: s, key: key, file: file, reserved: size, promised: size}, nil
 }
 
 // known returns what is known of the artifact whose file stat describes, or why nothing is.
@@ -316,8 +332,11 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 		return inspected{}, err
 	}
 	defer file.Close()
-	if info, err := s.readMemo(key, stat); err == nil { // an inspection ended after the memo was looked for
-		return inspected{info, stat}, nil
+	m, err := s.loadMemo(key)
+	if err == nil {
+		if info, err := m.info(key, stat); err == nil { // an inspection ended after the memo was looked for
+			return inspected{info, stat}, nil
+		}
 	}
 	_, info, err := s.verifier.Inspect(context.Background(), file, key)
 	if unsound, ok := errors.AsType[*artifact.UnsoundError](err); ok {
@@ -329,10 +348,27 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 	info.StoredAt = stat.ModTime()
 	s.log.Info("verified a stored artifact, since its memo could not be gone by", "key", key, "memo", lack)
 	// What was read may be on its way to the disk only, if it was stored by a server that does not sync.
-	if err := s.writeMemo(info, file.Sync() == nil); err != nil {
+	if err := s.writeMemo(info, m.pins(), file.Sync() == nil); err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", key, "error", err)
 	}
+	s.tell(info, m.pins(), s.observer.Found)
 	return inspected{info, stat}, nil
+}
+
+// tell tells the observer of an artifact, if it is still what is stored.
+func (s *Store) tell(info artifact.Info, pinned bool, event func(cache.Stored)) {
+	lock := s.aside.of(info.Key.String())
+	lock.Lock()
+	defer lock.Unlock()
+	stat, err := os.Lstat(s.artifactPath(info.Key))
+	if errors.Is(err, fs.ErrNotExist) || noDir(err) || err == nil && (stat.Size() != info.Size || !stat.ModTime().Equal(info.StoredAt)) {
+		return // it was removed, and the observer knows
+	}
+	size := wholeBlocks(info.Size) + blockSize // if it can't be looked at, which nobody must forget it for
+	if err == nil {
+		size = s.diskSize(info.Key, stat)
+	}
+	event(cache.Stored{Info: info, DiskSize: size, Pinned: pinned})
 }
 
 // unopened returns what it means that an artifact could not be opened, and frees the key of what can
@@ -377,16 +413,19 @@ func (s *Store) Quarantine(_ context.Context, info artifact.Info, reason error) 
 // setAside moves what is stored under key into quarantine, if it is still the file that stat
 // describes, and returns cache.ErrNotFound.
 func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error {
-	s.aside.Lock() // or else what is moved may be a new artifact, uploaded since somebody else moved the old one
-	defer s.aside.Unlock()
+	lock := s.aside.of(key.String()) // or else what is moved may be a new artifact, uploaded since somebody else moved the old one
+	lock.Lock()
+	defer lock.Unlock()
 	path := s.artifactPath(key)
 	if now, err := os.Lstat(path); err != nil || !os.SameFile(now, stat) {
 		return cache.ErrNotFound // somebody else did
 	}
+	size := s.diskSize(key, stat)
 	os.Remove(s.memoPath(key)) // while it can't be a new artifact's
 	if err := s.quarantine(path, reason); err != nil {
 		return fmt.Errorf("set damaged artifact %s aside: %w", key, translate(err))
 	}
+	s.observer.Removed(key, size)
 	return cache.ErrNotFound
 }
 
@@ -413,8 +452,11 @@ func (s *Store) quarantine(path string, reason error) error {
 	if err != nil {
 		return err
 	}
+	if stat, err := os.Lstat(target + extension); err == nil {
+		s.space.own.Add(blocks(stat) + blockSize)
+	}
 	s.log.Warn("set a file aside", "path", path, "reason", reason, "to", target+extension)
-	if err := os.WriteFile(target+".txt", []byte(reason.Error()+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(target+reasonExtension, []byte(reason.Error()+"\n"), 0o644); err != nil {
 		s.log.Warn("could not write down why", "path", path, "error", err)
 	}
 	return nil

@@ -1,5 +1,11 @@
-//go:build !linux
+//go:build !linux && !darwin && !windows
 
 package disk
 
-func freeSpace(string) (int64, error) { return unknownSpace, nil }
+import "io/fs"
+
+// fileSystem says that it is not known how much a file system has.
+func fileSystem(string) (size, free int64, err error) { return unknownSpace, unknownSpace, nil }
+
+// blocks returns about how many bytes a file takes on the disk.
+func blocks(stat fs.FileInfo) int64 { return wholeBlocks(stat.Size()) }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -45,6 +46,7 @@ type memo struct {
 	PackageName      string `json:"package_name"`
 	TaskName         string `json:"task_name"`
 	Command          string `json:"command"`
+	Pinned           bool   `json:"pinned,omitempty"` // retention must keep it
 
 	Checksum string `json:"checksum,omitempty"` // of all other members: see sum
 }
@@ -70,6 +72,10 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 	}
 	return m.info(key, stat)
 }
+
+// pins says whether a memo says that its artifact is pinned. That outlives whatever else makes the memo one
+// that can't be gone by, if it is whole.
+func (m memo) pins() bool { return m.Pinned && m.Checksum == m.sum() }
 
 // loadMemo reads the memo of an artifact.
 func (s *Store) loadMemo(key artifact.Key) (m memo, err error) {
@@ -125,7 +131,7 @@ func (m memo) info(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
 
 // writeMemo writes the memo of a stored artifact, so that readers see the old one or the new one. It
 // is not synced: a memo that a power cut tears is noticed and made anew. Whether the .zst is, synced says.
-func (s *Store) writeMemo(info artifact.Info, synced bool) error {
+func (s *Store) writeMemo(info artifact.Info, pinned, synced bool) error {
 	m := memo{
 		Hash:             info.Hash.String(),
 		Size:             info.Size,
@@ -138,30 +144,43 @@ func (s *Store) writeMemo(info artifact.Info, synced bool) error {
 		PackageName:      info.PackageName,
 		TaskName:         info.TaskName,
 		Command:          info.Command,
+		Pinned:           pinned,
 	}
 	if !synced {
 		m.Boot = boot()
 	}
+	return s.putMemo(info.Key, m, false)
+}
+
+// putMemo puts a memo in the place of the one that is there. Only if it is durable does it survive a power
+// cut for sure.
+func (s *Store) putMemo(key artifact.Key, m memo, durable bool) error {
 	m.Checksum = m.sum()
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	file, err := s.createTmp(info.Key)
+	file, err := s.createTmp(key)
 	if err != nil {
 		return err
 	}
 	_, err = file.Write(text)
+	if err == nil && durable && s.synced {
+		err = file.Sync()
+	}
 	if closed := file.Close(); err == nil {
 		err = closed
 	}
 	if err == nil {
-		err = s.inShard(info.Key, func() error { return os.Rename(file.Name(), s.memoPath(info.Key)) })
+		err = s.inShard(key, func() error { return os.Rename(file.Name(), s.memoPath(key)) })
 	}
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.EISDIR) { // a directory is in its place
-		if err = s.quarantine(s.memoPath(info.Key), errors.New("a directory where a memo belongs")); err == nil {
-			err = os.Rename(file.Name(), s.memoPath(info.Key))
+		if err = s.quarantine(s.memoPath(key), errors.New("a directory where a memo belongs")); err == nil {
+			err = os.Rename(file.Name(), s.memoPath(key))
 		}
+	}
+	if err == nil && durable {
+		err = s.syncDir(filepath.Join(s.dir, shard(key)))
 	}
 	if err != nil {
 		os.Remove(file.Name())

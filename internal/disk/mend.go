@@ -24,15 +24,16 @@ func (s *Store) mendTmp(err error) bool {
 		s.mendDirs(s.dir, dir)
 		return true
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
-		return os.MkdirAll(dir, 0o755) == nil || s.replaceByDir(dir) == nil
+		return os.MkdirAll(dir, 0o755) == nil || s.replaceByDir(dir, &s.tmpLock) == nil
 	}
 	return false
 }
 
-// inShard does something in the shard of a key, and once more if permissions forbade it.
+// inShard does something in the shard of a key, and once more if permissions forbade it. Who only looks at
+// the directory, and so has no lock, mends nothing.
 func (s *Store) inShard(key artifact.Key, do func() error) error {
 	err := do()
-	if errors.Is(err, fs.ErrPermission) {
+	if errors.Is(err, fs.ErrPermission) && s.lock != nil {
 		inner := filepath.Join(s.dir, shard(key))
 		s.mendDirs(s.dir, filepath.Dir(inner), inner)
 		err = do()

@@ -1,48 +1,184 @@
 package disk
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
+	"os"
+	"path/filepath"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
 )
 
-// space accounts for what uploads in flight still have to write, so that not all of them are promised
-// the same free space. What is promised is not taken from the file system, for a client could then
-// take space for the mere promise of an upload.
+const (
+	// unknownSpace is the space of a file system that does not tell: a full disk is then found when it is
+	// written to.
+	unknownSpace = math.MaxInt64
+	// blockSize is what a file takes at least on most file systems.
+	blockSize = 4 << 10
+	// uploadOverhead is what an upload may take beside its bytes: the rest of its last block, its memo, and
+	// a new directory.
+	uploadOverhead = 3 * blockSize
+)
+
+func wholeBlocks(size int64) int64 { return (size + blockSize - 1) / blockSize * blockSize }
+
+// Limits bound what a Store takes of the disk. Artifacts are evicted by somebody else; the store refuses
+// uploads that there is no room for, and says when there is little.
+type Limits struct {
+	// MaxStorage is the most bytes on the disk that everything in the directory may take, with uploads in
+	// flight. 0 is no limit.
+	MaxStorage int64
+	// MinFree is the least bytes that may be free on the file system.
+	MinFree int64
+	// Stored returns how many bytes on the disk the artifacts take. It is needed for MaxStorage.
+	Stored func() int64
+	// MakeRoom makes room for size bytes more of an upload that has taken bytes already, or returns an error
+	// if that can't be. It may be nil.
+	MakeRoom func(ctx context.Context, size, taken int64) error
+	// Low is told, and must not block, when Usage.Room falls below LowRoom. It may be nil.
+	Low     func()
+	LowRoom int64
+}
+
+// Usage is what a Store takes of the disk. All numbers are bytes.
+type Usage struct {
+	// Used is what everything in the directory takes, with what uploads in flight will.
+	Used int64
+	// Size and Free are of the file system; Free is less what uploads in flight will still write.
+	Size, Free int64
+	// Room is how much more uploads may take: what neither limit forbids.
+	Room int64
+}
+
+// space accounts for what uploads in flight take, so that not all of them are promised the same space. What
+// is promised is not taken from the file system, for a client could then take space for the mere promise of
+// an upload.
 type space struct {
-	dir string
+	dir    string
+	limits Limits
+	own    atomic.Int64 // of what is neither an artifact nor an upload
 
 	mu       sync.Mutex
-	promised int64 // bytes that are not written yet
+	inFlight int64 // of uploads, written or not
+	promised int64 // of that, what is not written yet
 }
 
-// promise sets size bytes aside, or returns ENOSPC if they are not free.
-func (s *space) promise(size int64) error {
+// usage returns how the disk is used. s.mu is held.
+func (s *space) usage() (Usage, error) {
+	size, free, err := fileSystem(s.dir)
+	if errors.Is(err, fs.ErrNotExist) { // the directory is made again when the upload is
+		size, free, err = unknownSpace, unknownSpace, nil
+	}
+	u := Usage{Used: s.own.Load() + s.inFlight, Size: size, Free: free - s.promised}
+	if s.limits.Stored != nil {
+		u.Used += s.limits.Stored()
+	}
+	u.Room = u.Free - s.limits.MinFree
+	if s.limits.MaxStorage > 0 {
+		u.Room = min(u.Room, s.limits.MaxStorage-u.Used)
+	}
+	return u, err
+}
+
+// promise sets size bytes aside, for an upload that has taken bytes already. If there is no room for them it
+// has room made, and returns ENOSPC if that can't be.
+func (s *space) promise(ctx context.Context, size, taken int64) error {
+	for {
+		enough, err := s.tryPromise(size)
+		if enough || err != nil {
+			return err
+		}
+		if s.limits.MakeRoom == nil {
+			return syscall.ENOSPC
+		}
+		if err := s.limits.MakeRoom(ctx, size, taken); err != nil {
+			return fmt.Errorf("%w: %w", cache.ErrNoSpace, err)
+		}
+	}
+}
+
+func (s *space) tryPromise(size int64) (bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	free, err := freeSpace(s.dir)
-	if errors.Is(err, fs.ErrNotExist) { // the directory is made again when the upload is
-		free, err = unknownSpace, nil
+	usage, err := s.usage()
+	if err != nil || size > usage.Room {
+		return false, err
 	}
-	if err != nil {
-		return err
-	}
-	if size > free-s.promised {
-		return syscall.ENOSPC
-	}
+	s.inFlight += size
 	s.promised += size
-	return nil
+	if s.limits.Low != nil && usage.Room-size < s.limits.LowRoom {
+		s.limits.Low()
+	}
+	return true, nil
 }
 
-// keep gives back what was promised, since it is written or will not be.
-func (s *space) keep(size int64) {
+// written says that so much of what was promised is written.
+func (s *space) written(size int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.promised -= size
 }
 
-// unknownSpace is the free space of a file system that does not tell: a full disk is then found when
-// it is written to.
-const unknownSpace = math.MaxInt64
+// release gives back what was promised: an upload has ended, and promised bytes of it were not written.
+func (s *space) release(size, promised int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.inFlight -= size
+	s.promised -= promised
+}
+
+// Usage returns what the store takes of the disk.
+func (s *Store) Usage() (Usage, error) {
+	s.space.mu.Lock()
+	defer s.space.mu.Unlock()
+	return s.space.usage()
+}
+
+// Measure counts anew what the store keeps beside artifacts and uploads: its directories, and what is in
+// its own. It looks at every directory, and is for the background.
+func (s *Store) Measure() {
+	var own int64
+	count := func(path string) {
+		if stat, err := os.Lstat(path); err == nil {
+			own += blocks(stat)
+		}
+	}
+	count(s.dir)
+	count(filepath.Join(s.dir, tmpDir))
+	outers, _, _ := s.shardsIn("")
+	for _, outer := range outers {
+		count(filepath.Join(s.dir, outer))
+		shards, _, _ := s.shardsIn(outer)
+		for _, shard := range shards {
+			count(filepath.Join(s.dir, shard))
+		}
+	}
+	filepath.WalkDir(s.OwnDir(), func(path string, _ fs.DirEntry, _ error) error {
+		if !strings.HasPrefix(filepath.Base(path), indexName) { // which counts itself
+			count(path)
+		}
+		return nil
+	})
+	s.space.own.Store(own)
+}
+
+// diskSize returns what the artifact whose file stat describes takes on the disk, with its memo.
+func (s *Store) diskSize(key artifact.Key, stat fs.FileInfo) int64 {
+	size := blocks(stat)
+	memo, err := os.Lstat(s.memoPath(key))
+	switch {
+	case err == nil:
+		size += blocks(memo)
+	case !errors.Is(err, fs.ErrNotExist):
+		size += blockSize // as most memos take
+	}
+	return size
+}

@@ -49,11 +49,10 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 		}
 		defer s.Close()
 	} else {
-		dir, err := filepath.Abs(config.Dir)
-		if err != nil {
+		var err error
+		if s, err = Peek(config.Config); err != nil {
 			return err
 		}
-		s = &Store{dir: dir, verifier: config.Verifier, log: config.Log}
 	}
 	if config.Begin != nil {
 		artifacts, bytes := 0, int64(0)
@@ -91,11 +90,34 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 	return ctx.Err()
 }
 
+// Peek returns a Store that only looks at what is stored in a directory, which a server may use meanwhile and
+// which need not exist. Of its methods only Look and Walk may be called; they change nothing.
+func Peek(config Config) (*Store, error) {
+	dir, err := filepath.Abs(config.Dir)
+	if err != nil {
+		return nil, err
+	}
+	return &Store{dir: dir, verifier: config.Verifier, log: config.Log}, nil
+}
+
+// Audit reads all of a stored artifact, whatever is known of it. If it is sound, its memo is made anew where
+// that is missing or wrong; if it is damaged, it is moved to quarantine. One over the limits is left alone. It
+// returns nil if there is none.
+func (s *Store) Audit(ctx context.Context, key artifact.Key) (*Finding, error) {
+	a := &auditor{store: s, repair: true, rate: rate.NewLimiter(rate.Inf, scrubBurst)}
+	return a.audit(ctx, shardEntry{key: key, path: s.relativePath(key), kind: entryArtifact})
+}
+
+// relativePath is the path of an artifact in the storage directory.
+func (s *Store) relativePath(key artifact.Key) string {
+	return filepath.Join(shard(key), filepath.Base(s.artifactPath(key)))
+}
+
 // entries visits everything in the storage directory, or just the artifacts of some keys, until visit
 // returns false. What can't be read is visited as such.
 func (s *Store) entries(keys []artifact.Key, visit func(shardEntry) bool) {
 	for _, key := range keys {
-		e := shardEntry{key: key, path: filepath.Join(shard(key), filepath.Base(s.artifactPath(key))), kind: entryMissing}
+		e := shardEntry{key: key, path: s.relativePath(key), kind: entryMissing}
 		switch stat, err := os.Lstat(s.artifactPath(key)); {
 		case err == nil:
 			e.size, e.kind = stat.Size(), entryArtifact

@@ -1,0 +1,213 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// This file is what an operator, the index and retention need of a store: to look, to remove, to pin.
+
+// outerLocks has a lock for each of the directories that hold shards. It is held from the look at what is
+// to be moved or removed until that is done and told, and from the last look at what was stored until that
+// is told, so that nobody moves what somebody else just put there, and events come in their order.
+type outerLocks [256]sync.Mutex
+
+// of returns the lock of what lies in a directory, of which name begins with the two digits.
+func (l *outerLocks) of(name string) *sync.Mutex {
+	const digits = "0123456789abcdef"
+	return &l[strings.IndexByte(digits, name[0])<<4|strings.IndexByte(digits, name[1])]
+}
+
+// Remove implements cache.Store.
+func (s *Store) Remove(_ context.Context, key artifact.Key) (diskSize int64, err error) {
+	return s.remove(key, func(fs.FileInfo) bool { return true })
+}
+
+// Evict is Remove of an artifact that was stored at a time and is not pinned. Any other is ErrNotFound, too.
+func (s *Store) Evict(_ context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error) {
+	return s.remove(key, func(stat fs.FileInfo) bool {
+		if !stat.ModTime().Equal(storedAt) {
+			return false
+		}
+		m, err := s.loadMemo(key)
+		return err != nil || !m.Pinned
+	})
+}
+
+// remove removes an artifact if its file is the one that is meant.
+func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) bool) (diskSize int64, err error) {
+	lock := s.aside.of(key.String())
+	lock.Lock()
+	defer lock.Unlock()
+	path := s.artifactPath(key)
+	var stat fs.FileInfo
+	if err := s.inShard(key, func() (err error) {
+		stat, err = os.Lstat(path)
+		return err
+	}); err != nil {
+		if errors.Is(err, fs.ErrNotExist) || noDir(err) {
+			return 0, cache.ErrNotFound
+		}
+		return 0, err
+	}
+	if !stat.Mode().IsRegular() || !meant(stat) {
+		return 0, cache.ErrNotFound
+	}
+	diskSize = s.diskSize(key, stat)
+	os.Remove(s.memoPath(key)) // while it can't be a new artifact's
+	if err := s.inShard(key, func() error { return os.Remove(path) }); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, fmt.Errorf("remove artifact %s: %w", key, err)
+	}
+	s.removeShard(key)
+	s.observer.Removed(key, diskSize)
+	return diskSize, nil
+}
+
+// removeShard removes the directory of a key if nothing is in it: there may be 65,536 of them, each with
+// a block of its own. An upload that comes just now makes it again.
+func (s *Store) removeShard(key artifact.Key) {
+	path := filepath.Join(s.dir, shard(key))
+	stat, err := os.Lstat(path)
+	if err != nil || !stat.IsDir() || os.Remove(path) != nil {
+		return
+	}
+	s.shards.forget(shardNumber(shard(key)))
+	s.space.own.Add(-blocks(stat))
+}
+
+// Pin implements cache.Store. The memo bears the mark, so that it is there as long as the artifact.
+func (s *Store) Pin(ctx context.Context, key artifact.Key, pinned bool) error {
+	if _, err := s.Stat(ctx, key); err != nil {
+		return err
+	}
+	lack, err := s.pin(key, pinned)
+	if lack != nil { // what was known was in memory only
+		if _, err := s.inspect(ctx, key, lack); err != nil {
+			return err
+		}
+		if lack, err = s.pin(key, pinned); lack != nil {
+			return cache.ErrNotFound // it was removed meanwhile
+		}
+	}
+	return err
+}
+
+// pin marks a memo, or returns what it lacks.
+func (s *Store) pin(key artifact.Key, pinned bool) (lack, err error) {
+	lock := s.aside.of(key.String())
+	lock.Lock()
+	defer lock.Unlock()
+	stat, err := os.Lstat(s.artifactPath(key))
+	if err != nil {
+		return err, nil
+	}
+	m, lack := s.loadMemo(key)
+	if lack == nil {
+		_, lack = m.info(key, stat)
+	}
+	if lack != nil || m.Pinned == pinned {
+		return lack, nil
+	}
+	m.Pinned = pinned
+	if err := s.putMemo(key, m, true); err != nil {
+		return nil, err
+	}
+	s.observer.Pinned(key, pinned)
+	return nil, nil
+}
+
+// Look returns what is known of an artifact without reading it, and false if none is stored. An error says
+// that nobody can tell.
+func (s *Store) Look(key artifact.Key) (cache.Stored, bool, error) {
+	var stat fs.FileInfo
+	err := s.inShard(key, func() (err error) {
+		stat, err = os.Lstat(s.artifactPath(key))
+		return err
+	})
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || noDir(err):
+		return cache.Stored{}, false, nil
+	case err != nil:
+		return cache.Stored{}, false, err
+	case !stat.Mode().IsRegular():
+		return cache.Stored{}, false, nil
+	}
+	stored := cache.Stored{Info: artifact.Info{Key: key, Size: stat.Size(), StoredAt: stat.ModTime()}, DiskSize: s.diskSize(key, stat)}
+	if m, err := s.loadMemo(key); err == nil {
+		if info, lack := m.info(key, stat); lack == nil {
+			stored.Info, stored.Pinned = info, m.Pinned
+		}
+	}
+	return stored, true, nil
+}
+
+// Walk calls visit for the artifacts of each shard whose names begin with the two digits outer. What can't be
+// read is left out, and told in the end.
+func (s *Store) Walk(outer string, visit func([]cache.File) error) error {
+	shards, _, err := s.shardsIn(outer)
+	if errors.Is(err, fs.ErrPermission) && s.mendDirs(s.dir, filepath.Join(s.dir, outer)) {
+		shards, _, err = s.shardsIn(outer)
+	}
+	if errors.Is(err, fs.ErrNotExist) || noDir(err) {
+		return nil
+	}
+	for _, shard := range shards {
+		files, unread := s.filesIn(shard)
+		if errors.Is(unread, fs.ErrPermission) && s.mendDirs(filepath.Join(s.dir, outer), filepath.Join(s.dir, shard)) {
+			files, unread = s.filesIn(shard)
+		}
+		if unread != nil && !errors.Is(unread, fs.ErrNotExist) {
+			err = errors.Join(err, unread)
+		}
+		if stop := visit(files); stop != nil {
+			return stop
+		}
+	}
+	return err
+}
+
+// filesIn returns the artifacts in a shard.
+func (s *Store) filesIn(shard string) ([]cache.File, error) {
+	entries, err := os.ReadDir(filepath.Join(s.dir, shard))
+	if err != nil {
+		return nil, err
+	}
+	var files []cache.File
+	for _, entry := range entries {
+		digits, isArtifact := strings.CutSuffix(entry.Name(), ".zst")
+		if !isArtifact {
+			continue
+		}
+		key, ok := keyIn(shard, digits)
+		if !ok {
+			continue
+		}
+		stat, err := entry.Info()
+		if err != nil || !stat.Mode().IsRegular() { // it is gone, or was never an artifact
+			continue
+		}
+		files = append(files, cache.File{Key: key, Size: stat.Size(), DiskSize: s.diskSize(key, stat), StoredAt: stat.ModTime().UnixNano()})
+	}
+	return files, nil
+}
+
+// unobserved is a cache.Observer that nobody listens to.
+type unobserved struct{}
+
+func (unobserved) Stored(cache.Stored)         {}
+func (unobserved) Found(cache.Stored)          {}
+func (unobserved) Pinned(artifact.Key, bool)   {}
+func (unobserved) Removed(artifact.Key, int64) {}
+func (unobserved) Hit(artifact.Key)            {}
+func (unobserved) Missed(artifact.Key)         {}
+func (unobserved) Used(artifact.Key)           {}
