@@ -20,8 +20,10 @@ var mayImport = map[string][]string{
 	"internal/artifact":    nil,
 	"internal/cache":       {"internal/artifact"},
 	"internal/disk":        {"internal/artifact", "internal/cache"},
+	"internal/index":       {"internal/artifact", "internal/cache"},
+	"internal/retention":   {"internal/artifact", "internal/cache", "internal/disk", "internal/index"},
 	"internal/cachetest":   {"internal/artifact", "internal/cache"},
-	"internal/server":      {"internal/artifact", "internal/cache", "gen/polykit/cache/v1", "google.golang.org/grpc"},
+	"internal/server":      {"internal/artifact", "internal/cache", "internal/disk", "internal/index", "internal/retention", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 	"internal/client":      {"internal/artifact", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 	"internal/load":        {"internal/artifact", "internal/client", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 }

@@ -1,0 +1,6 @@
+package index
+
+// SetLimits bounds what is kept as if its constants were these. It must be called before everything else.
+func (x *Index) SetLimits(maxPending, maxUses, maxIdleTasks int) {
+	x.maxPending, x.maxUses, x.maxIdleTasks = maxPending, maxUses, maxIdleTasks
+}

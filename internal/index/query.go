@@ -1,0 +1,438 @@
+package index
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// ErrInvalidCursor says that a cursor does not belong to what is asked.
+var ErrInvalidCursor = errors.New("the page token is not of this list")
+
+// Entry is what is known of a stored artifact.
+type Entry struct {
+	cache.Stored
+	// UsedAt is when it was used last.
+	UsedAt time.Time
+	// Uses is how many times it was downloaded.
+	Uses int64
+
+	id int64
+}
+
+// Filter matches artifacts. What is zero, or nil, matches any.
+type Filter struct {
+	// PackageName and TaskName are in full.
+	PackageName, TaskName string
+	// KeyPrefix is how the key begins: hexadecimal digits, lower-case.
+	KeyPrefix string
+	// StoredAfter and UsedAfter are the least times; StoredBefore and UsedBefore are greater than any.
+	StoredAfter, StoredBefore, UsedAfter, UsedBefore time.Time
+	// MinSize and MaxSize are bytes as uploaded.
+	MinSize int64
+	MaxSize *int64
+	// Pinned says whether it must be, or must not be.
+	Pinned *bool
+}
+
+// Empty says whether a filter matches everything.
+func (f Filter) Empty() bool { return f == Filter{} }
+
+// condition is a part of a statement behind WHERE.
+type condition struct {
+	terms []string
+	args  []any
+}
+
+func (c *condition) and(term string, args ...any) {
+	c.terms = append(c.terms, term)
+	c.args = append(c.args, args...)
+}
+
+func (c *condition) String() string { return strings.Join(c.terms, " AND ") }
+
+func (f Filter) condition() *condition {
+	c := &condition{}
+	c.and("a.scope = ''")
+	// Tasks are few, so their artifacts are found by the index on them.
+	if f.PackageName != "" {
+		c.and("a.task_id IN (SELECT id FROM tasks WHERE package = ?)", f.PackageName)
+	}
+	if f.TaskName != "" {
+		c.and("a.task_id IN (SELECT id FROM tasks WHERE task = ?)", f.TaskName)
+	}
+	if f.KeyPrefix != "" {
+		c.and("a.key >= ? AND a.key < ?", f.KeyPrefix, f.KeyPrefix+"g") // which is behind the last digit
+	}
+	for _, bound := range []struct {
+		term string
+		at   time.Time
+	}{{"a.stored_at >= ?", f.StoredAfter}, {"a.stored_at < ?", f.StoredBefore}, {"a.used_at >= ?", f.UsedAfter}, {"a.used_at < ?", f.UsedBefore}} {
+		if !bound.at.IsZero() {
+			c.and(bound.term, bound.at.UnixNano())
+		}
+	}
+	if f.MinSize > 0 {
+		c.and("a.size >= ?", f.MinSize)
+	}
+	if f.MaxSize != nil {
+		c.and("a.size <= ?", *f.MaxSize)
+	}
+	if f.Pinned != nil {
+		c.and("a.pinned = ?", *f.Pinned)
+	}
+	return c
+}
+
+// Order is what a list is ordered by.
+type Order string
+
+// The orders. Artifacts that are equal by one are in an order that stays the same.
+const (
+	ByStoredAt Order = "stored_at"
+	ByUsedAt   Order = "used_at"
+	BySize     Order = "size"
+	ByKey      Order = "key"
+)
+
+// Query asks for a part of a list.
+type Query struct {
+	Filter     Filter
+	Order      Order // ByStoredAt if it is empty
+	Descending bool
+	// Limit is the most entries.
+	Limit int
+	// After is the cursor that List returned with the entries before; empty for the first ones.
+	After string
+}
+
+// cursor is a place in a list.
+type cursor struct {
+	Query string `json:"q"` // what the list is: see fingerprint
+	Value any    `json:"v"` // of the last entry, by the order
+	ID    int64  `json:"i"`
+}
+
+// fingerprint is the same for all parts of one list.
+func (q Query) fingerprint() string {
+	q.Limit, q.After = 0, ""
+	text, err := json.Marshal(q)
+	if err != nil {
+		panic(err) // it has only what can be marshalled
+	}
+	sum := sha256.Sum256(text)
+	return base64.RawURLEncoding.EncodeToString(sum[:6])
+}
+
+// value is what an entry is ordered by.
+func (q Query) value(e Entry) any {
+	switch q.Order {
+	case ByUsedAt:
+		return e.UsedAt.UnixNano()
+	case BySize:
+		return e.Size
+	case ByKey:
+		return e.Key.String()
+	default:
+		return e.StoredAt.UnixNano()
+	}
+}
+
+const entryColumns = `a.id, a.key, a.hash, a.size, a.uncompressed_size, a.files, t.package, t.task, a.command, a.created_at, a.stored_at,
+	a.used_at, a.uses, a.disk_size, a.pinned FROM artifacts a JOIN tasks t ON t.id = a.task_id`
+
+// freshen writes what was told so far, so that who did something sees it. If that can't be, what is known
+// is as old as that.
+func (x *Index) freshen(ctx context.Context) {
+	if err := x.Flush(ctx); err != nil && ctx.Err() == nil {
+		x.config.Log.Warn("the answer is not the newest, since the index can't be written", "error", err)
+	}
+}
+
+// List returns the next entries of a list and, if there may be more, the cursor for them. An error wraps
+// ErrInvalidCursor if the cursor is of another list.
+func (x *Index) List(ctx context.Context, q Query) (entries []Entry, next string, err error) {
+	if q.Order == "" {
+		q.Order = ByStoredAt
+	}
+	direction, beyond := "ASC", ">"
+	if q.Descending {
+		direction, beyond = "DESC", "<"
+	}
+	x.freshen(ctx)
+	c := q.Filter.condition()
+	if q.After != "" {
+		after, err := q.parse(q.After)
+		if err != nil {
+			return nil, "", err
+		}
+		c.and(fmt.Sprintf("(a.%s, a.id) %s (?, ?)", q.Order, beyond), after.Value, after.ID)
+	}
+	query := fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.%s %s, a.id %[4]s LIMIT ?", entryColumns, c, q.Order, direction)
+	for e, err := range x.entries(ctx, query, append(c.args, q.Limit+1)...) {
+		if err != nil {
+			return nil, "", err
+		}
+		entries = append(entries, e)
+	}
+	if len(entries) > q.Limit {
+		entries = entries[:q.Limit]
+		last := entries[len(entries)-1]
+		text, err := json.Marshal(cursor{q.fingerprint(), q.value(last), last.id})
+		if err != nil {
+			return nil, "", err
+		}
+		next = base64.RawURLEncoding.EncodeToString(text)
+	}
+	return entries, next, nil
+}
+
+func (q Query) parse(text string) (cursor, error) {
+	var c cursor
+	plain, err := base64.RawURLEncoding.DecodeString(text)
+	if err == nil {
+		decoder := json.NewDecoder(strings.NewReader(string(plain)))
+		decoder.UseNumber() // or a time in nanoseconds would be rounded
+		err = decoder.Decode(&c)
+	}
+	if err != nil || c.Query != q.fingerprint() {
+		return c, ErrInvalidCursor
+	}
+	number, isNumber := c.Value.(json.Number)
+	switch {
+	case isNumber && q.Order != ByKey:
+		c.Value, err = number.Int64()
+	case isNumber:
+		err = ErrInvalidCursor
+	default:
+		if _, isText := c.Value.(string); !isText || q.Order != ByKey {
+			err = ErrInvalidCursor
+		}
+	}
+	if err != nil {
+		return c, ErrInvalidCursor
+	}
+	return c, nil
+}
+
+// entries yields what a query returns.
+func (x *Index) entries(ctx context.Context, query string, args ...any) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		err := x.rows(ctx, query, args, func(scan func(...any) error) (bool, error) {
+			e, err := scanEntry(scan)
+			return err == nil && yield(e, nil), err
+		})
+		if err != nil {
+			yield(Entry{}, err)
+		}
+	}
+}
+
+func scanEntry(scan func(...any) error) (Entry, error) {
+	var e Entry
+	var key string
+	var hash []byte
+	var created, stored, used int64
+	if err := scan(&e.id, &key, &hash, &e.Size, &e.UncompressedSize, &e.FileCount, &e.PackageName, &e.TaskName, &e.Command, &created,
+		&stored, &used, &e.Uses, &e.DiskSize, &e.Pinned); err != nil {
+		return e, err
+	}
+	var err error
+	if e.Key, err = artifact.ParseKey(key); err != nil {
+		return e, err
+	}
+	copy(e.Hash[:], hash)
+	if e.Verified() {
+		e.CreatedAt = time.Unix(created, 0).UTC()
+	}
+	e.StoredAt, e.UsedAt = time.Unix(0, stored), time.Unix(0, used)
+	return e, nil
+}
+
+// rows calls each with the rows that a query returns, until it returns false or an error. An error of the
+// database wraps ErrUnavailable.
+func (x *Index) rows(ctx context.Context, query string, args []any, each func(scan func(...any) error) (bool, error)) error {
+	x.db.RLock()
+	defer x.db.RUnlock()
+	if x.reader == nil {
+		return errClosed
+	}
+	rows, err := x.reader.QueryContext(ctx, query, args...)
+	if err != nil {
+		return x.unavailable(ctx, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		more, err := each(rows.Scan)
+		if err != nil {
+			return x.unavailable(ctx, err)
+		}
+		if !more {
+			return nil
+		}
+	}
+	return x.unavailable(ctx, rows.Err())
+}
+
+// unavailable returns what callers are told of an error of the database. One that is damaged is found out
+// when the next batch is written.
+func (x *Index) unavailable(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil {
+		return errors.Join(ctx.Err(), err)
+	}
+	if damaged(err) {
+		x.mu.Lock()
+		x.damage = err
+		x.mu.Unlock()
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+// row is what a reconciliation compares.
+type row struct {
+	file     cache.File
+	verified bool
+}
+
+// files returns the rows of the keys that begin with prefix.
+func (x *Index) files(ctx context.Context, prefix string) (map[artifact.Key]row, error) {
+	found := map[artifact.Key]row{}
+	err := x.rows(ctx, "SELECT key, size, stored_at, disk_size, hash IS NOT NULL FROM artifacts WHERE scope = '' AND key >= ? AND key < ?",
+		[]any{prefix, prefix + "g"}, func(scan func(...any) error) (bool, error) {
+			var key string
+			var r row
+			if err := scan(&key, &r.file.Size, &r.file.StoredAt, &r.file.DiskSize, &r.verified); err != nil {
+				return false, err
+			}
+			var err error
+			r.file.Key, err = artifact.ParseKey(key)
+			found[r.file.Key] = r
+			return true, err
+		})
+	return found, err
+}
+
+// Group is a number of artifacts of one task.
+type Group struct {
+	// PackageName and TaskName name the task.
+	PackageName, TaskName string
+	// Artifacts is how many there are.
+	Artifacts int64
+	// DiskSize is what they take on the disk, in bytes.
+	DiskSize int64
+}
+
+// Groups returns how many artifacts match, by package and task, most bytes first.
+func (x *Index) Groups(ctx context.Context, f Filter) ([]Group, error) {
+	x.freshen(ctx)
+	c := f.condition()
+	return x.groups(ctx, fmt.Sprintf(`SELECT t.package, t.task, count(*), sum(a.disk_size) FROM artifacts a JOIN tasks t ON t.id = a.task_id
+		WHERE %s GROUP BY t.id ORDER BY 4 DESC, 1, 2`, c), c.args...)
+}
+
+func (x *Index) groups(ctx context.Context, query string, args ...any) (groups []Group, err error) {
+	err = x.rows(ctx, query, args, func(scan func(...any) error) (bool, error) {
+		var g Group
+		err := scan(&g.PackageName, &g.TaskName, &g.Artifacts, &g.DiskSize)
+		groups = append(groups, g)
+		return true, err
+	})
+	return groups, err
+}
+
+// Candidates are artifacts that may be evicted, those first that were not used the longest.
+type Candidates = iter.Seq2[Entry, error]
+
+// Candidacy says which artifacts may be evicted. What is zero says nothing. Pinned ones are never among them.
+type Candidacy struct {
+	// UsedBefore is later than their last use, UsedSince is not.
+	UsedBefore, UsedSince time.Time
+	// BeyondLast says that as many newer ones of their task are stored, or more; NotBeyondLast that they are
+	// not.
+	BeyondLast, NotBeyondLast int
+	// Limit is the most candidates.
+	Limit int
+}
+
+// beyondLast selects the ids of artifacts whose task has as many newer ones as are given. Only tasks that
+// have more are looked at. Of what was not verified yet nobody knows the task.
+const beyondLast = `(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY task_id ORDER BY stored_at DESC, id DESC) AS place
+	FROM artifacts WHERE hash IS NOT NULL AND task_id IN (SELECT id FROM tasks WHERE artifacts > ?)) WHERE place > ?)`
+
+// Candidates returns artifacts that may be evicted.
+func (x *Index) Candidates(ctx context.Context, q Candidacy) Candidates {
+	c := &condition{}
+	c.and("a.pinned = 0")
+	if !q.UsedBefore.IsZero() {
+		c.and("a.used_at < ?", q.UsedBefore.UnixNano())
+	}
+	if !q.UsedSince.IsZero() {
+		c.and("a.used_at >= ?", q.UsedSince.UnixNano())
+	}
+	if q.BeyondLast > 0 {
+		c.and("a.id IN "+beyondLast, q.BeyondLast, q.BeyondLast)
+	}
+	if q.NotBeyondLast > 0 {
+		c.and("a.id NOT IN "+beyondLast, q.NotBeyondLast, q.NotBeyondLast)
+	}
+	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at LIMIT ?", entryColumns, c), append(c.args, q.Limit)...)
+}
+
+// Stats are what GetStats returns.
+type Stats struct {
+	// Total is about all tasks, and Usage says what happened since the index began.
+	Total Sums
+	Usage Usage
+	// SinceStart says what happened since StartedAt.
+	SinceStart Usage
+	StartedAt  time.Time
+	// Tasks are those with the most bytes on the disk, and TaskCount is how many there are.
+	Tasks     []TaskStats
+	TaskCount int64
+}
+
+// Sums are about a number of artifacts.
+type Sums struct {
+	Artifacts, Size, UncompressedSize, DiskSize int64
+}
+
+// TaskStats are about a task of a package.
+type TaskStats struct {
+	PackageName, TaskName string
+	Sums
+	Usage Usage
+}
+
+// Stats returns statistics, with at most maxTasks tasks.
+func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
+	x.freshen(ctx)
+	x.mu.Lock()
+	s := Stats{SinceStart: x.sinceStart, StartedAt: x.startedAt}
+	x.mu.Unlock()
+	err := x.rows(ctx, `SELECT hits, misses, stored, evicted, evicted_disk_size, artifacts, size, uncompressed_size, disk_size,
+		(SELECT count(*) FROM tasks) FROM state`, nil, func(scan func(...any) error) (bool, error) {
+		return true, scan(&s.Usage.Hits, &s.Usage.Misses, &s.Usage.Stored, &s.Usage.Evicted, &s.Usage.EvictedDiskSize,
+			&s.Total.Artifacts, &s.Total.Size, &s.Total.UncompressedSize, &s.Total.DiskSize, &s.TaskCount)
+	})
+	if err != nil {
+		return s, err
+	}
+	err = x.rows(ctx, `SELECT package, task, artifacts, size, uncompressed_size, disk_size, hits, misses, stored, evicted, evicted_disk_size
+		FROM tasks ORDER BY disk_size DESC, package, task LIMIT ?`, []any{maxTasks}, func(scan func(...any) error) (bool, error) {
+		var t TaskStats
+		err := scan(&t.PackageName, &t.TaskName, &t.Artifacts, &t.Size, &t.UncompressedSize, &t.DiskSize,
+			&t.Usage.Hits, &t.Usage.Misses, &t.Usage.Stored, &t.Usage.Evicted, &t.Usage.EvictedDiskSize)
+		s.Tasks = append(s.Tasks, t)
+		return true, err
+	})
+	return s, err
+}

@@ -1,0 +1,212 @@
+package index
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// Source is the store that an index is about.
+type Source interface {
+	// Walk calls visit for the artifacts whose keys begin with the two digits outer, some at a time. If some
+	// can't be read it goes on, and returns an error in the end.
+	Walk(outer string, visit func([]cache.File) error) error
+	// Look returns what is known of an artifact without reading it, and false if none is stored. An error
+	// says that nobody can tell.
+	Look(key artifact.Key) (stored cache.Stored, found bool, err error)
+}
+
+const (
+	// restFactor is how many times as long as it works a reconciliation rests, so that it takes no more
+	// than a part of one processor and of the disk.
+	restFactor = 2
+	// retryPause is how long a reconciliation that failed waits for the next one.
+	retryPause = time.Minute
+)
+
+func (x *Index) reconcileWhenLost(ctx context.Context, source Source) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-x.lost:
+		}
+		x.config.Log.Info("the index may not be complete; going through what is stored, in the background", "path", x.path())
+		began := time.Now()
+		changed, err := x.Reconcile(ctx, source, nil)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			x.config.Log.Error("could not go through what is stored; it is tried again in a minute", "error", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(retryPause):
+				tell(x.lost)
+			}
+		default:
+			x.config.Log.Info("the index is complete", "changed", changed, "took", time.Since(began).Round(time.Millisecond))
+		}
+	}
+}
+
+// Reconcile makes the index know what is stored, and nothing else, and returns how many artifacts it was
+// wrong about. It goes through everything, beside whatever happens meanwhile; progress, which may be nil, is
+// told after each of 256 steps. It rests in between unless progress is given, since then somebody waits.
+func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done, of int)) (changed int64, err error) {
+	// In a goroutine of its own nothing else keeps a panic from ending the process.
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	lost, rest := x.losses.Load(), newRest(ctx, progress == nil)
+	var unread error // which does not keep the rest from being read
+	const outers = 1 << 8
+	for i := range outers {
+		n, err := x.reconcileOuter(ctx, source, fmt.Sprintf("%02x", i), rest)
+		changed += n
+		if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
+			return changed, err
+		}
+		unread = errors.Join(unread, err)
+		if progress != nil {
+			progress(i+1, outers)
+		}
+	}
+	if err := x.Flush(ctx); err != nil {
+		return changed, err
+	}
+	if unread != nil {
+		return changed, unread
+	}
+	if x.losses.Load() != lost {
+		return changed, errors.New("more happened meanwhile than the index could be told")
+	}
+	x.db.RLock()
+	defer x.db.RUnlock()
+	if x.writer == nil {
+		return changed, errClosed
+	}
+	if err := x.note(ctx, "UPDATE state SET complete = 1"); err != nil {
+		return changed, err
+	}
+	size, err := x.sum(ctx)
+	if err != nil {
+		return changed, err
+	}
+	x.mu.Lock()
+	x.diskSize = size
+	x.mu.Unlock()
+	x.complete.Store(true)
+	return changed, nil
+}
+
+// reconcileOuter reconciles the rows of keys whose first two digits are outer. The rows are read before the
+// files: what is stored or removed since, the index is told.
+func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string, rest *rest) (changed int64, err error) {
+	if err := x.Flush(ctx); err != nil {
+		return 0, err
+	}
+	rows, err := x.files(ctx, outer)
+	if err != nil {
+		return 0, err
+	}
+	if err := rest.pause(); err != nil {
+		return 0, err
+	}
+	err = source.Walk(outer, func(files []cache.File) error {
+		for _, file := range files {
+			row, known := rows[file.Key]
+			delete(rows, file.Key)
+			if known && row.verified && row.file == file {
+				continue
+			}
+			was, err := x.Recheck(source, file.Key)
+			if err != nil {
+				return err
+			}
+			if !known || row.file != file || was.Verified() {
+				changed++
+			}
+		}
+		if err := x.flushIfFull(ctx); err != nil {
+			return err
+		}
+		return rest.pause()
+	})
+	for key := range rows {
+		if _, looked := x.Recheck(source, key); looked != nil {
+			err = errors.Join(err, looked)
+			continue
+		}
+		changed++
+		if err := errors.Join(x.flushIfFull(ctx), rest.pause()); err != nil {
+			return changed, err
+		}
+	}
+	return changed, err
+}
+
+// flushIfFull flushes before so much is pending that something would be forgotten.
+func (x *Index) flushIfFull(ctx context.Context) error {
+	x.mu.Lock()
+	full := len(x.pending) >= flushSize
+	x.mu.Unlock()
+	if !full {
+		return nil
+	}
+	return x.Flush(ctx)
+}
+
+// Recheck tells the index how an artifact is now, and returns that. What happens to it between the look and the telling is told
+// before, and would be undone, so it looks again until nothing has happened.
+func (x *Index) Recheck(source Source, key artifact.Key) (cache.Stored, error) {
+	for {
+		before, was, err := source.Look(key)
+		if err != nil {
+			return before, err
+		}
+		if was {
+			x.Found(before)
+		} else {
+			x.Removed(key, 0)
+		}
+		after, is, err := source.Look(key)
+		if err != nil || was == is && before == after {
+			return after, err
+		}
+	}
+}
+
+// rest bounds the part of the time that a reconciliation works.
+type rest struct {
+	ctx   context.Context
+	rests bool
+	began time.Time
+}
+
+func newRest(ctx context.Context, rests bool) *rest { return &rest{ctx, rests, time.Now()} }
+
+// pause rests in proportion to the time since the last rest, once that is worth it.
+func (r *rest) pause() error {
+	const atLeast = 2 * time.Millisecond
+	worked := time.Since(r.began)
+	if !r.rests || worked < atLeast {
+		return r.ctx.Err()
+	}
+	timer := time.NewTimer(restFactor * worked)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-r.ctx.Done():
+	}
+	r.began = time.Now()
+	return r.ctx.Err()
+}

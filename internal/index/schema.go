@@ -1,0 +1,122 @@
+package index
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+)
+
+// migrations make each version of the schema from the one before it. Those that were released never
+// change: a new version is a new entry. PRAGMA user_version is how many a database has been through.
+var migrations = []string{
+	// Triggers keep the sums, of tasks and of all, so that no statement can forget to. A scope is a store within the
+	// store; there is one so far, without a name.
+	`
+CREATE TABLE state (
+	complete          INTEGER NOT NULL, -- every stored artifact has a row, as far as anybody knows
+	clean             INTEGER NOT NULL, -- the process that wrote last ended in good order
+	hits              INTEGER NOT NULL,
+	misses            INTEGER NOT NULL,
+	stored            INTEGER NOT NULL,
+	evicted           INTEGER NOT NULL,
+	evicted_disk_size INTEGER NOT NULL,
+	artifacts         INTEGER NOT NULL,
+	size              INTEGER NOT NULL,
+	uncompressed_size INTEGER NOT NULL,
+	disk_size         INTEGER NOT NULL
+);
+INSERT INTO state VALUES (0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+
+CREATE TABLE tasks (
+	id                INTEGER PRIMARY KEY,
+	package           TEXT NOT NULL,
+	task              TEXT NOT NULL,
+	artifacts         INTEGER NOT NULL DEFAULT 0,
+	size              INTEGER NOT NULL DEFAULT 0,
+	uncompressed_size INTEGER NOT NULL DEFAULT 0,
+	disk_size         INTEGER NOT NULL DEFAULT 0,
+	hits              INTEGER NOT NULL DEFAULT 0,
+	misses            INTEGER NOT NULL DEFAULT 0,
+	stored            INTEGER NOT NULL DEFAULT 0,
+	evicted           INTEGER NOT NULL DEFAULT 0,
+	evicted_disk_size INTEGER NOT NULL DEFAULT 0,
+	UNIQUE (package, task)
+);
+CREATE INDEX tasks_without_artifacts ON tasks (id) WHERE artifacts = 0;
+
+CREATE TABLE artifacts (
+	id                INTEGER PRIMARY KEY,
+	scope             TEXT NOT NULL DEFAULT '',
+	key               TEXT NOT NULL,
+	hash              BLOB,             -- NULL until it is verified
+	size              INTEGER NOT NULL,
+	uncompressed_size INTEGER NOT NULL,
+	files             INTEGER NOT NULL,
+	task_id           INTEGER NOT NULL REFERENCES tasks (id),
+	command           TEXT NOT NULL,
+	created_at        INTEGER NOT NULL, -- Unix seconds
+	stored_at         INTEGER NOT NULL, -- Unix nanoseconds
+	used_at           INTEGER NOT NULL, -- Unix nanoseconds
+	uses              INTEGER NOT NULL,
+	disk_size         INTEGER NOT NULL,
+	pinned            INTEGER NOT NULL,
+	UNIQUE (scope, key)
+);
+CREATE INDEX artifacts_by_used_at ON artifacts (used_at);
+CREATE INDEX artifacts_by_stored_at ON artifacts (stored_at);
+CREATE INDEX artifacts_by_size ON artifacts (size);
+CREATE INDEX artifacts_by_task ON artifacts (task_id, stored_at);
+
+CREATE TRIGGER artifacts_inserted AFTER INSERT ON artifacts BEGIN
+	UPDATE tasks SET artifacts = artifacts + 1, size = size + new.size,
+		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size WHERE id = new.task_id;
+	UPDATE state SET artifacts = artifacts + 1, size = size + new.size,
+		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size;
+END;
+CREATE TRIGGER artifacts_deleted AFTER DELETE ON artifacts BEGIN
+	UPDATE tasks SET artifacts = artifacts - 1, size = size - old.size,
+		uncompressed_size = uncompressed_size - old.uncompressed_size, disk_size = disk_size - old.disk_size WHERE id = old.task_id;
+	UPDATE state SET artifacts = artifacts - 1, size = size - old.size,
+		uncompressed_size = uncompressed_size - old.uncompressed_size, disk_size = disk_size - old.disk_size;
+END;
+CREATE TRIGGER artifacts_updated AFTER UPDATE OF task_id, size, uncompressed_size, disk_size ON artifacts BEGIN
+	UPDATE tasks SET artifacts = artifacts - 1, size = size - old.size,
+		uncompressed_size = uncompressed_size - old.uncompressed_size, disk_size = disk_size - old.disk_size WHERE id = old.task_id;
+	UPDATE state SET artifacts = artifacts - 1, size = size - old.size,
+		uncompressed_size = uncompressed_size - old.uncompressed_size, disk_size = disk_size - old.disk_size;
+	UPDATE tasks SET artifacts = artifacts + 1, size = size + new.size,
+		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size WHERE id = new.task_id;
+	UPDATE state SET artifacts = artifacts + 1, size = size + new.size,
+		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size;
+END;
+`,
+}
+
+// migrate brings a database to the newest version of the schema.
+func migrate(ctx context.Context, db *sql.DB) error {
+	var version int
+	if err := db.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return err
+	}
+	if version > len(migrations) {
+		return fmt.Errorf("%w: its schema has version %d, and this polykit-cache knows %d", ErrNewer, version, len(migrations))
+	}
+	for ; version < len(migrations); version++ {
+		tx, err := db.BeginTx(ctx, nil)
+		if err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, migrations[version])
+		if err == nil { // which takes no parameters
+			_, err = tx.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version = %d", version+1))
+		}
+		if err != nil {
+			tx.Rollback()
+			return fmt.Errorf("migrate the index to version %d: %w", version+1, err)
+		}
+		if err := tx.Commit(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
