@@ -1,0 +1,443 @@
+// Package retention decides what is not kept, and removes it.
+//
+//	Policy ── candidates, from the index ── each looked at and removed by the store ── the index is told
+//
+// What goes first: what was not used for Policy.MaxAge; then, of each task, what is beyond the KeepLast newest
+// artifacts; then, until everything fits, what is in quarantine, and what was not used the longest. Pinned
+// artifacts are never removed.
+//
+// Room is made before it is needed: when less than a hundredth of what may be used is left, artifacts are
+// evicted until it is a fiftieth, so that uploads find room without waiting. Only one that needs more at once
+// waits, until that much is evicted. Downloads that have begun keep their artifact until they end.
+package retention
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/disk"
+	"github.com/polykit/polykit-cache/internal/index"
+)
+
+// Reason is why an artifact is removed.
+type Reason int
+
+const (
+	// MaxAge says that it was not used for longer than Policy.MaxAge.
+	MaxAge Reason = iota + 1
+	// KeepLast says that its task has Policy.KeepLast newer ones.
+	KeepLast
+	// MaxStorage says that everything takes more than Policy.MaxStorage, and that this was not used the longest.
+	MaxStorage
+	// MinFree says that less than Policy.MinFree is free, and that this was not used the longest.
+	MinFree
+)
+
+// String returns the name of the flag that set it.
+func (r Reason) String() string {
+	return [...]string{"", "max-age", "keep-last", "max-storage", "min-free"}[r]
+}
+
+// Policy says what is kept. What is zero has no limit.
+type Policy struct {
+	// MaxStorage is the most bytes on the disk that everything in the storage directory may take.
+	MaxStorage int64
+	// MinFree is the least bytes that may be free on the file system.
+	MinFree int64
+	// MaxAge is how long an artifact is kept after its last use.
+	MaxAge time.Duration
+	// KeepLast is how many artifacts of each task are kept, those that were stored last.
+	KeepLast int
+	// QuarantineMaxAge is how long files are kept in quarantine.
+	QuarantineMaxAge time.Duration
+}
+
+// Store is what artifacts are removed from.
+type Store interface {
+	index.Source
+	Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error)
+	Usage() (disk.Usage, error)
+	Measure()
+	Quarantined() ([]disk.Quarantined, error)
+	EmptyQuarantine(before time.Time, atLeast int64) (freed int64, err error)
+}
+
+const (
+	// interval is how often is looked for what is too old.
+	interval = time.Minute
+	// page is how many candidates are asked for at a time.
+	page = 500
+	// lowShare and enoughShare are the parts of what may be used that are free when eviction begins, and
+	// when it ends.
+	lowShare, enoughShare = 100, 50
+)
+
+// Removal is a number of artifacts of one task that are removed for one reason.
+type Removal struct {
+	PackageName, TaskName string
+	Reason                Reason
+	// Artifacts is how many there are, and DiskSize the bytes on the disk that this frees.
+	Artifacts, DiskSize int64
+}
+
+// Collector removes what a policy does not keep.
+type Collector struct {
+	index  *index.Index
+	policy Policy
+	log    *slog.Logger
+	store  Store
+	low    chan struct{} // told when there is little room
+	mu     sync.Mutex    // held while artifacts are removed
+}
+
+// New returns a Collector that removes what a policy does not keep from a store with an index.
+func New(x *index.Index, store Store, policy Policy, log *slog.Logger) *Collector {
+	return &Collector{index: x, policy: policy, log: log, store: store, low: make(chan struct{}, 1)}
+}
+
+// Limits returns the limits that the store needs on a file system of a size.
+func (c *Collector) Limits(fileSystem int64) disk.Limits {
+	return disk.Limits{
+		MaxStorage: c.policy.MaxStorage,
+		MinFree:    c.policy.MinFree,
+		Stored:     c.index.DiskSize,
+		MakeRoom:   c.makeRoom,
+		Low: func() {
+			select {
+			case c.low <- struct{}{}:
+			default: // told already
+			}
+		},
+		LowRoom: c.policy.capacity(fileSystem) / lowShare,
+	}
+}
+
+// capacity is how many bytes may be used at all, on a file system of size bytes.
+func (p Policy) capacity(size int64) int64 {
+	capacity := size - p.MinFree
+	if p.MaxStorage > 0 {
+		capacity = min(capacity, p.MaxStorage)
+	}
+	return max(capacity, 0)
+}
+
+// Policy returns the policy that Run goes by.
+func (c *Collector) Policy() Policy { return c.policy }
+
+// Run removes what the policy does not keep, until ctx is done.
+func (c *Collector) Run(ctx context.Context) {
+	c.store.Measure()
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		if err := c.tidy(ctx); err != nil && ctx.Err() == nil {
+			c.log.Error("could not remove what is not to be kept; it is tried again in a minute", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			c.store.Measure()
+		case <-c.low:
+		}
+	}
+}
+
+// tidy removes everything that the policy does not keep, and makes enough room.
+func (c *Collector) tidy(ctx context.Context) (err error) {
+	// In a goroutine of its own nothing else keeps a panic from ending the process.
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	if c.policy.QuarantineMaxAge > 0 {
+		c.emptyQuarantine(time.Now().Add(-c.policy.QuarantineMaxAge), 0)
+	}
+	for {
+		removals, left, err := c.collect(ctx, c.policy, Policy.target, page)
+		c.logRemovals(removals)
+		if left != some || err != nil {
+			return err
+		}
+	}
+}
+
+// emptyQuarantine removes what is older from the quarantine, and what is needed.
+func (c *Collector) emptyQuarantine(before time.Time, atLeast int64) {
+	freed, err := c.store.EmptyQuarantine(before, atLeast)
+	if err != nil {
+		c.log.Error("could not empty the quarantine", "error", err)
+	}
+	if freed > 0 {
+		c.log.Info("removed files from the quarantine", "disk_size", freed)
+	}
+}
+
+// target returns how many bytes of room are enough, if there is less than the low mark.
+func (p Policy) target(u disk.Usage) int64 {
+	capacity := p.capacity(u.Size)
+	if room, _ := p.room(u); room < capacity/lowShare {
+		return capacity / enoughShare
+	}
+	return 0
+}
+
+// room is how many bytes more may be used, and what forbids to use more than that. It is negative if too
+// much is used. Nothing is evicted for a full disk if none of it must be free.
+func (p Policy) room(u disk.Usage) (int64, Reason) {
+	room, reason := int64(math.MaxInt64), Reason(0)
+	if p.MinFree > 0 {
+		room, reason = u.Free-p.MinFree, MinFree
+	}
+	if p.MaxStorage > 0 && p.MaxStorage-u.Used < room {
+		room, reason = p.MaxStorage-u.Used, MaxStorage
+	}
+	return room, reason
+}
+
+func (c *Collector) logRemovals(removals []Removal) {
+	var artifacts, size int64
+	for _, r := range removals {
+		c.log.Debug("evicted artifacts of a task", "package", r.PackageName, "task", r.TaskName, "reason", r.Reason, "artifacts", r.Artifacts, "disk_size", r.DiskSize)
+		artifacts += r.Artifacts
+		size += r.DiskSize
+	}
+	if artifacts > 0 {
+		c.log.Info("evicted artifacts", "artifacts", artifacts, "disk_size", size)
+	}
+}
+
+// makeRoom makes room for size bytes more of an upload that has taken bytes already. Nothing is evicted for
+// one that can never have room.
+func (c *Collector) makeRoom(ctx context.Context, size, taken int64) error {
+	for {
+		usage, err := c.store.Usage()
+		if err != nil || usage.Room >= size {
+			return err
+		}
+		if capacity := c.policy.capacity(usage.Size); size+taken > capacity {
+			return fmt.Errorf("%d bytes are needed, and %d is all that may be used", size+taken, capacity)
+		}
+		if most := usage.Room + c.index.ArtifactsDiskSize() + c.quarantined(); size > most {
+			return fmt.Errorf("%d bytes more are needed, and there would be %d if everything was evicted", size, most)
+		}
+		if room, _ := c.policy.room(usage); room >= size {
+			return errors.New("the disk is full, and nothing is evicted for that")
+		}
+		removals, left, err := c.collect(ctx, c.policy, func(Policy, disk.Usage) int64 { return size }, page)
+		if err != nil {
+			return err
+		}
+		c.logRemovals(removals)
+		if left == nothing {
+			return errors.New("all that may be removed is removed")
+		}
+		// Others may have had what was freed, so look once more.
+	}
+}
+
+// quarantined returns how many bytes on the disk are in quarantine.
+func (c *Collector) quarantined() (size int64) {
+	all, err := c.store.Quarantined()
+	if err != nil {
+		c.log.Error("could not look into the quarantine", "error", err)
+	}
+	for _, q := range all {
+		size += q.DiskSize
+	}
+	return size
+}
+
+// Collect removes at most limit artifacts that a policy does not keep, and says whether there may be more.
+func (c *Collector) Collect(ctx context.Context, policy Policy, limit int) (removals []Removal, more bool, err error) {
+	removals, left, err := c.collect(ctx, policy, func(Policy, disk.Usage) int64 { return 0 }, limit)
+	return removals, left == some, err
+}
+
+// left is what collect has left.
+type left int
+
+const (
+	enough  left = iota // there is enough room, and nothing that is not to be kept
+	some                // there may be more to remove
+	nothing             // there is not enough room, and nothing more to remove
+)
+
+// collect is Collect that goes on until there is as much room as is wanted of what is used.
+func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Policy, disk.Usage) int64, limit int) ([]Removal, left, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.flush(ctx)
+	usage, err := c.store.Usage()
+	if err != nil {
+		return nil, enough, err
+	}
+	room, sums, visited := wanted(policy, usage), summary{}, 0
+	if is, _ := policy.room(usage); is < room {
+		c.emptyQuarantine(time.Time{}, room-is)
+	}
+	failures, failed := 0, error(nil) // of removing one, and the first
+	lack, err := c.each(ctx, policy, limit, false, func() (int64, Reason, error) {
+		usage, err := c.store.Usage()
+		is, reason := policy.room(usage)
+		return room - is, reason, err
+	}, func(e index.Entry, reason Reason) error {
+		visited++
+		if c.index.InUse(e.Key) {
+			return nil
+		}
+		size, err := c.store.Evict(ctx, e.Key, e.StoredAt)
+		switch {
+		case errors.Is(err, cache.ErrNotFound): // which the index did not know
+			c.index.Recheck(c.store, e.Key)
+			return nil
+		case err != nil: // which must not keep others from being removed
+			c.log.Error("could not evict an artifact", "key", e.Key, "error", err)
+			failures, failed = failures+1, cmp.Or(failed, err)
+			return nil
+		}
+		c.index.Evicted(e, size)
+		sums.add(e, reason, size)
+		return nil
+	})
+	switch {
+	case visited >= limit && failures < visited:
+		return sums.removals(), some, err
+	case visited >= limit, lack:
+		return sums.removals(), nothing, cmp.Or(err, failed)
+	default:
+		return sums.removals(), enough, err
+	}
+}
+
+// Plan returns what Collect would remove if it had no limit.
+func (c *Collector) Plan(ctx context.Context, policy Policy) ([]Removal, error) {
+	c.flush(ctx)
+	usage, err := c.store.Usage()
+	if err != nil {
+		return nil, err
+	}
+	quarantined, err := c.store.Quarantined()
+	if err != nil {
+		return nil, err
+	}
+	if room, _ := policy.room(usage); room < 0 { // what is there goes first
+		for _, q := range quarantined {
+			usage.Used -= q.DiskSize
+			usage.Free += q.DiskSize
+		}
+	}
+	sums := summary{}
+	_, err = c.each(ctx, policy, math.MaxInt, true, func() (int64, Reason, error) {
+		room, reason := policy.room(usage)
+		return -room, reason, nil
+	}, func(e index.Entry, reason Reason) error {
+		usage.Used -= e.DiskSize
+		usage.Free += e.DiskSize
+		sums.add(e, reason, e.DiskSize)
+		return nil
+	})
+	return sums.removals(), err
+}
+
+// flush lets the index know what happened last. It answers without that, too.
+func (c *Collector) flush(ctx context.Context) {
+	if err := c.index.Flush(ctx); err != nil && ctx.Err() == nil {
+		c.log.Warn("what goes first is told by an index that is not the newest, since it can't be written", "error", err)
+	}
+}
+
+// each visits at most limit artifacts that a policy does not keep, in the order in which they go. lacking
+// says how many bytes of room there are too few, and for what reason. If nothing is removed meanwhile, as
+// planned says, what was visited for one reason is told apart from what is left for the next. It returns
+// whether room still lacks when nothing is left.
+func (c *Collector) each(ctx context.Context, policy Policy, limit int, planned bool, lacking func() (int64, Reason, error), visit func(index.Entry, Reason) error) (bool, error) {
+	visited := 0
+	all := func(candidates index.Candidates, reason Reason) error {
+		for e, err := range candidates {
+			if err == nil {
+				visited++
+				err = visit(e, reason)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	rest := index.Candidacy{}
+	if policy.MaxAge > 0 {
+		old := index.Candidacy{UsedBefore: time.Now().Add(-policy.MaxAge), Limit: limit}
+		if err := all(c.index.Candidates(ctx, old), MaxAge); err != nil {
+			return false, err
+		}
+		rest.UsedSince = old.UsedBefore
+	}
+	if policy.KeepLast > 0 && visited < limit {
+		beyond := rest
+		beyond.BeyondLast, beyond.Limit = policy.KeepLast, limit-visited
+		if err := all(c.index.Candidates(ctx, beyond), KeepLast); err != nil {
+			return false, err
+		}
+		if planned {
+			rest.NotBeyondLast = policy.KeepLast
+		}
+	}
+	if visited >= limit {
+		return false, nil
+	}
+	rest.Limit = limit - visited
+	lack, reason, err := lacking()
+	if err != nil || lack <= 0 {
+		return false, err
+	}
+	for e, err := range c.index.Candidates(ctx, rest) {
+		if err == nil {
+			err = visit(e, reason)
+		}
+		if err == nil {
+			lack, reason, err = lacking()
+		}
+		if err != nil || lack <= 0 {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// summary sums removals up.
+type summary map[Removal]*Removal // by what is not a number
+
+func (s summary) add(e index.Entry, reason Reason, size int64) {
+	key := Removal{PackageName: e.PackageName, TaskName: e.TaskName, Reason: reason}
+	sum := s[key]
+	if sum == nil {
+		sum = &Removal{PackageName: e.PackageName, TaskName: e.TaskName, Reason: reason}
+		s[key] = sum
+	}
+	sum.Artifacts++
+	sum.DiskSize += size
+}
+
+// removals returns the sums, most bytes first.
+func (s summary) removals() []Removal {
+	var all []Removal
+	for _, sum := range s {
+		all = append(all, *sum)
+	}
+	slices.SortFunc(all, func(a, b Removal) int {
+		return cmp.Or(cmp.Compare(b.DiskSize, a.DiskSize), cmp.Compare(a.PackageName, b.PackageName), cmp.Compare(a.TaskName, b.TaskName), cmp.Compare(a.Reason, b.Reason))
+	})
+	return all
+}
