@@ -214,14 +214,9 @@ func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev
 	if err != nil {
 		return nil, err
 	}
-	pageSize := int(request.GetPageSize())
-	switch {
-	case pageSize < 0:
-		return nil, fmt.Errorf("%w: page_size is %d; it must not be negative", errInvalidRequest, pageSize)
-	case pageSize == 0:
-		pageSize = defaultPageSize
-	case pageSize > maxPageSize:
-		pageSize = maxPageSize
+	pageSize, err := pageSize("page_size", request.GetPageSize(), defaultPageSize, maxPageSize)
+	if err != nil {
+		return nil, err
 	}
 	// A page token is the last path of the page before.
 	after, err := base64.RawURLEncoding.DecodeString(request.GetPageToken())

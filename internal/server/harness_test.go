@@ -42,6 +42,8 @@ import (
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
+	"github.com/polykit/polykit-cache/internal/index"
+	"github.com/polykit/polykit-cache/internal/retention"
 	"github.com/polykit/polykit-cache/internal/server"
 )
 
@@ -58,6 +60,9 @@ type setup struct {
 	// sendBuffer is how much the operating system takes from the server before a client reads it; 0
 	// means as much as it likes, which can be megabytes.
 	sendBuffer int
+	// managed says that the server has an index, and a collector with policy.
+	managed bool
+	policy  retention.Policy
 	// change changes the server's settings. It may be nil.
 	change func(*server.Config)
 }
@@ -65,13 +70,15 @@ type setup struct {
 // testServer is a server on a port of its own.
 type testServer struct {
 	*server.Server
-	cache   *cache.Cache
-	store   cache.Store
-	dir     string // the storage directory, empty if the store is another
-	address string
-	url     string // of the address
-	log     *recorder
-	conns   *atomic.Int64 // connections that were accepted
+	cache      *cache.Cache
+	store      cache.Store
+	dir        string // the storage directory, empty if the store is another
+	index      *index.Index
+	address    string
+	url        string // of the address
+	log        *recorder
+	management *server.Management
+	conns      *atomic.Int64 // connections that were accepted
 
 	stop context.CancelFunc // begins the shutdown
 	end  func() error       // waits for its end
@@ -94,12 +101,19 @@ func startServer(t testing.TB, setup setup) *testServer {
 		}
 		t.Cleanup(func() { onDisk.Close() })
 		s.store = onDisk
+		if setup.managed {
+			s.manage(t, onDisk, setup.policy)
+		}
 	}
 	if setup.maxSize == 0 {
 		setup.maxSize = 64 << 20
 	}
-	s.cache = cache.New(s.store, verifier, cache.Config{MaxSize: setup.maxSize})
 	config := server.DefaultConfig
+	cacheConfig := cache.Config{MaxSize: setup.maxSize}
+	if setup.managed {
+		cacheConfig.Observer, config.Management = s.index, s.management
+	}
+	s.cache = cache.New(s.store, verifier, cacheConfig)
 	config.ShutdownTimeout = 10 * time.Second
 	if setup.change != nil {
 		setup.change(&config)
@@ -136,6 +150,23 @@ func startServer(t testing.TB, setup setup) *testServer {
 	})
 	<-accepting // so that all its goroutines are there, for those who count them
 	return s
+}
+
+// manage gives the server an index and a collector.
+func (s *testServer) manage(t testing.TB, store *disk.Store, policy retention.Policy) {
+	t.Helper()
+	var err error
+	if s.index, err = index.Open(index.Config{Dir: store.OwnDir(), Log: slog.New(s.log)}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.index.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	collector := retention.New(s.index, store, policy, slog.New(s.log))
+	store.Manage(s.index, collector.Limits(1<<40))
+	s.management = &server.Management{Index: s.index, Collector: collector, Storage: store}
 }
 
 // certificate is the certificate of servers that speak TLS. All clients of these tests trust it.

@@ -73,6 +73,8 @@ type Config struct {
 	DrainTimeout time.Duration
 	// ShutdownTimeout bounds the time in which requests in flight may finish at shutdown.
 	ShutdownTimeout time.Duration
+	// Management is what the methods need that are for those who run a cache. Without it they refuse.
+	Management *Management
 }
 
 // DefaultConfig suits clients that give a request 30 seconds.
@@ -95,22 +97,23 @@ const LevelTrace = slog.LevelDebug - 4
 
 // Server serves a cache.
 type Server struct {
-	config   Config
-	cache    *cache.Cache
-	log      *slog.Logger
-	http     *http.Server
-	grpc     *grpc.Server // behind http
-	native   *grpc.Server // for the connections of gRPC clients
-	health   *health.Server
-	requests atomic.Int64  // in flight
-	writing  atomic.Int64  // Writes in progress on native's connections
-	draining chan struct{} // closed when Serve begins to shut down
-	idle     chan struct{} // told when there are no requests in flight while draining
+	config     Config
+	cache      *cache.Cache
+	management *Management
+	log        *slog.Logger
+	http       *http.Server
+	grpc       *grpc.Server // behind http
+	native     *grpc.Server // for the connections of gRPC clients
+	health     *health.Server
+	requests   atomic.Int64  // in flight
+	writing    atomic.Int64  // Writes in progress on native's connections
+	draining   chan struct{} // closed when Serve begins to shut down
+	idle       chan struct{} // told when there are no requests in flight while draining
 }
 
 // New returns a server for a cache.
 func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
-	s := &Server{config: config, cache: c, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
+	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
 	s.grpc, s.native = s.newGRPC(), s.newNative()
 	rest := s.newREST()
 
@@ -295,6 +298,15 @@ func (s *Server) routes(gateway http.Handler) []route {
 		{http.MethodHead, "/v1/artifacts/{cache_key}", s.whileServing(s.headArtifact)},
 		{http.MethodGet, "/v1/artifacts/{cache_key}/metadata", gateway.ServeHTTP},
 		{http.MethodGet, "/v1/artifacts/{cache_key}/files", gateway.ServeHTTP},
+		{http.MethodGet, "/v1/artifacts", gateway.ServeHTTP},
+		{http.MethodDelete, "/v1/artifacts/{cache_key}", gateway.ServeHTTP},
+		{http.MethodPost, "/v1/artifacts:delete", gateway.ServeHTTP},
+		{http.MethodPost, "/v1/artifacts:findMissing", gateway.ServeHTTP},
+		{http.MethodPost, "/v1/artifacts:collectGarbage", gateway.ServeHTTP},
+		{http.MethodPut, "/v1/artifacts/{cache_key}/pin", gateway.ServeHTTP},
+		{http.MethodDelete, "/v1/artifacts/{cache_key}/pin", gateway.ServeHTTP},
+		{http.MethodGet, "/v1/stats", gateway.ServeHTTP},
+		{http.MethodGet, "/v1/quarantine", gateway.ServeHTTP},
 		{http.MethodGet, "/healthz", s.healthz},
 		{http.MethodGet, "/readyz", s.readyz},
 		{http.MethodGet, "/openapi.json", s.openAPI},

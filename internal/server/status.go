@@ -12,6 +12,7 @@ import (
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/index"
 )
 
 // errorDomain is the domain of every google.rpc.ErrorInfo.
@@ -47,6 +48,7 @@ var faults = []fault{
 	{errRange, codes.OutOfRange, "RANGE_NOT_SATISFIABLE", http.StatusRequestedRangeNotSatisfiable, ""},
 	{artifact.ErrUnsound, codes.InvalidArgument, "VERIFICATION_FAILED", http.StatusUnprocessableEntity, ""},
 	{cache.ErrNoSpace, codes.ResourceExhausted, "STORAGE_FULL", http.StatusInsufficientStorage, "The server has no space left for this artifact"},
+	{index.ErrUnavailable, codes.Unavailable, "INDEX_UNAVAILABLE", http.StatusServiceUnavailable, ""},
 	{errDraining, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is shutting down: try again"},
 	{artifact.ErrBusy, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},
 	{cache.ErrOverloaded, codes.Unavailable, "OVERLOADED", http.StatusServiceUnavailable, "The server is overloaded: try again later"},

@@ -17,6 +17,7 @@
 //   ALREADY_EXISTS     | ARTIFACT_EXISTS       | an artifact, once stored, never changes
 //   RESOURCE_EXHAUSTED | ARTIFACT_TOO_LARGE    | over the server's limit, which the sentence names
 //   RESOURCE_EXHAUSTED | STORAGE_FULL          | no room is left on the server's storage
+//   UNAVAILABLE        | INDEX_UNAVAILABLE     | the index can't answer now; artifacts are served all the same
 //   UNAVAILABLE        | OVERLOADED            | draining or overloaded: try again, perhaps elsewhere
 //   DEADLINE_EXCEEDED  | CLIENT_TOO_SLOW       | an upload stalled, or came slower than the server waits for
 //   DEADLINE_EXCEEDED  | DEADLINE_EXCEEDED     | the call's own deadline passed
@@ -33,6 +34,7 @@ package cachev1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -45,6 +47,132 @@ const (
 	// Verify that runtime/protoimpl is sufficiently up-to-date.
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
+
+// ArtifactOrder is what a list of artifacts is ordered by. Ties are in an order that stays the same.
+type ArtifactOrder int32
+
+const (
+	// By stored_at.
+	ArtifactOrder_ARTIFACT_ORDER_UNSPECIFIED ArtifactOrder = 0
+	// By stored_at.
+	ArtifactOrder_ARTIFACT_ORDER_STORED_AT ArtifactOrder = 1
+	// By last_used_at.
+	ArtifactOrder_ARTIFACT_ORDER_LAST_USED_AT ArtifactOrder = 2
+	// By size.
+	ArtifactOrder_ARTIFACT_ORDER_SIZE ArtifactOrder = 3
+	// By cache_key.
+	ArtifactOrder_ARTIFACT_ORDER_CACHE_KEY ArtifactOrder = 4
+)
+
+// Enum value maps for ArtifactOrder.
+var (
+	ArtifactOrder_name = map[int32]string{
+		0: "ARTIFACT_ORDER_UNSPECIFIED",
+		1: "ARTIFACT_ORDER_STORED_AT",
+		2: "ARTIFACT_ORDER_LAST_USED_AT",
+		3: "ARTIFACT_ORDER_SIZE",
+		4: "ARTIFACT_ORDER_CACHE_KEY",
+	}
+	ArtifactOrder_value = map[string]int32{
+		"ARTIFACT_ORDER_UNSPECIFIED":  0,
+		"ARTIFACT_ORDER_STORED_AT":    1,
+		"ARTIFACT_ORDER_LAST_USED_AT": 2,
+		"ARTIFACT_ORDER_SIZE":         3,
+		"ARTIFACT_ORDER_CACHE_KEY":    4,
+	}
+)
+
+func (x ArtifactOrder) Enum() *ArtifactOrder {
+	p := new(ArtifactOrder)
+	*p = x
+	return p
+}
+
+func (x ArtifactOrder) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ArtifactOrder) Descriptor() protoreflect.EnumDescriptor {
+	return file_polykit_cache_v1_artifact_service_proto_enumTypes[0].Descriptor()
+}
+
+func (ArtifactOrder) Type() protoreflect.EnumType {
+	return &file_polykit_cache_v1_artifact_service_proto_enumTypes[0]
+}
+
+func (x ArtifactOrder) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ArtifactOrder.Descriptor instead.
+func (ArtifactOrder) EnumDescriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{0}
+}
+
+// RemovalReason is why artifacts are removed.
+type RemovalReason int32
+
+const (
+	// Not given.
+	RemovalReason_REMOVAL_REASON_UNSPECIFIED RemovalReason = 0
+	// They match a filter.
+	RemovalReason_REMOVAL_REASON_DELETED RemovalReason = 1
+	// They were not used for longer than the policy's max_age.
+	RemovalReason_REMOVAL_REASON_MAX_AGE RemovalReason = 2
+	// Their package and task have keep_last newer ones.
+	RemovalReason_REMOVAL_REASON_KEEP_LAST RemovalReason = 3
+	// They were not used for the longest, and what is stored takes more than max_storage_size.
+	RemovalReason_REMOVAL_REASON_MAX_STORAGE RemovalReason = 4
+	// They were not used for the longest, and the disk has less free space than min_free_size.
+	RemovalReason_REMOVAL_REASON_MIN_FREE RemovalReason = 5
+)
+
+// Enum value maps for RemovalReason.
+var (
+	RemovalReason_name = map[int32]string{
+		0: "REMOVAL_REASON_UNSPECIFIED",
+		1: "REMOVAL_REASON_DELETED",
+		2: "REMOVAL_REASON_MAX_AGE",
+		3: "REMOVAL_REASON_KEEP_LAST",
+		4: "REMOVAL_REASON_MAX_STORAGE",
+		5: "REMOVAL_REASON_MIN_FREE",
+	}
+	RemovalReason_value = map[string]int32{
+		"REMOVAL_REASON_UNSPECIFIED": 0,
+		"REMOVAL_REASON_DELETED":     1,
+		"REMOVAL_REASON_MAX_AGE":     2,
+		"REMOVAL_REASON_KEEP_LAST":   3,
+		"REMOVAL_REASON_MAX_STORAGE": 4,
+		"REMOVAL_REASON_MIN_FREE":    5,
+	}
+)
+
+func (x RemovalReason) Enum() *RemovalReason {
+	p := new(RemovalReason)
+	*p = x
+	return p
+}
+
+func (x RemovalReason) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RemovalReason) Descriptor() protoreflect.EnumDescriptor {
+	return file_polykit_cache_v1_artifact_service_proto_enumTypes[1].Descriptor()
+}
+
+func (RemovalReason) Type() protoreflect.EnumType {
+	return &file_polykit_cache_v1_artifact_service_proto_enumTypes[1]
+}
+
+func (x RemovalReason) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RemovalReason.Descriptor instead.
+func (RemovalReason) EnumDescriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{1}
+}
 
 // Artifact is what the server knows of a stored artifact. All of it but stored_at is derived from
 // the artifact's bytes, and so never changes while the artifact is stored.
@@ -791,11 +919,1763 @@ func (x *ListArtifactFilesResponse) GetNextPageToken() string {
 	return ""
 }
 
+// StoredArtifact is an artifact with what changes while it is stored.
+type StoredArtifact struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The artifact. If it was not verified yet, as one that another server left behind, only its key,
+	// size and stored_at are known.
+	Artifact *Artifact `protobuf:"bytes,1,opt,name=artifact,proto3" json:"artifact,omitempty"`
+	// When it was last used: stored, downloaded or asked for.
+	LastUsedAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=last_used_at,json=lastUsedAt,proto3" json:"last_used_at,omitempty"`
+	// How many times it was downloaded.
+	UseCount int64 `protobuf:"varint,3,opt,name=use_count,json=useCount,proto3" json:"use_count,omitempty"`
+	// Bytes that it takes on the server's disk, in whole blocks and with its metadata.
+	DiskSize int64 `protobuf:"varint,4,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
+	// Whether it is kept from being evicted.
+	Pinned        bool `protobuf:"varint,5,opt,name=pinned,proto3" json:"pinned,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoredArtifact) Reset() {
+	*x = StoredArtifact{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoredArtifact) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoredArtifact) ProtoMessage() {}
+
+func (x *StoredArtifact) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoredArtifact.ProtoReflect.Descriptor instead.
+func (*StoredArtifact) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *StoredArtifact) GetArtifact() *Artifact {
+	if x != nil {
+		return x.Artifact
+	}
+	return nil
+}
+
+func (x *StoredArtifact) GetLastUsedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsedAt
+	}
+	return nil
+}
+
+func (x *StoredArtifact) GetUseCount() int64 {
+	if x != nil {
+		return x.UseCount
+	}
+	return 0
+}
+
+func (x *StoredArtifact) GetDiskSize() int64 {
+	if x != nil {
+		return x.DiskSize
+	}
+	return 0
+}
+
+func (x *StoredArtifact) GetPinned() bool {
+	if x != nil {
+		return x.Pinned
+	}
+	return false
+}
+
+// ArtifactFilter matches artifacts. All of what is set must fit; an empty one matches everything.
+type ArtifactFilter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The package_name, in full. Empty for any.
+	PackageName string `protobuf:"bytes,1,opt,name=package_name,json=packageName,proto3" json:"package_name,omitempty"`
+	// The task_name, in full. Empty for any.
+	TaskName string `protobuf:"bytes,2,opt,name=task_name,json=taskName,proto3" json:"task_name,omitempty"`
+	// How the cache key begins: up to 128 hexadecimal digits of either case. Empty for any.
+	KeyPrefix string `protobuf:"bytes,3,opt,name=key_prefix,json=keyPrefix,proto3" json:"key_prefix,omitempty"`
+	// The least stored_at.
+	StoredAfter *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=stored_after,json=storedAfter,proto3" json:"stored_after,omitempty"`
+	// What stored_at must be before.
+	StoredBefore *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=stored_before,json=storedBefore,proto3" json:"stored_before,omitempty"`
+	// The least last_used_at.
+	UsedAfter *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=used_after,json=usedAfter,proto3" json:"used_after,omitempty"`
+	// What last_used_at must be before.
+	UsedBefore *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=used_before,json=usedBefore,proto3" json:"used_before,omitempty"`
+	// The least size, in bytes as uploaded; not negative.
+	MinSize int64 `protobuf:"varint,8,opt,name=min_size,json=minSize,proto3" json:"min_size,omitempty"`
+	// The largest size, in bytes as uploaded; not negative. Not set for any.
+	MaxSize *int64 `protobuf:"varint,9,opt,name=max_size,json=maxSize,proto3,oneof" json:"max_size,omitempty"`
+	// Whether it is pinned. Not set for either.
+	Pinned        *bool `protobuf:"varint,10,opt,name=pinned,proto3,oneof" json:"pinned,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArtifactFilter) Reset() {
+	*x = ArtifactFilter{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArtifactFilter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArtifactFilter) ProtoMessage() {}
+
+func (x *ArtifactFilter) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArtifactFilter.ProtoReflect.Descriptor instead.
+func (*ArtifactFilter) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ArtifactFilter) GetPackageName() string {
+	if x != nil {
+		return x.PackageName
+	}
+	return ""
+}
+
+func (x *ArtifactFilter) GetTaskName() string {
+	if x != nil {
+		return x.TaskName
+	}
+	return ""
+}
+
+func (x *ArtifactFilter) GetKeyPrefix() string {
+	if x != nil {
+		return x.KeyPrefix
+	}
+	return ""
+}
+
+func (x *ArtifactFilter) GetStoredAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StoredAfter
+	}
+	return nil
+}
+
+func (x *ArtifactFilter) GetStoredBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StoredBefore
+	}
+	return nil
+}
+
+func (x *ArtifactFilter) GetUsedAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UsedAfter
+	}
+	return nil
+}
+
+func (x *ArtifactFilter) GetUsedBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UsedBefore
+	}
+	return nil
+}
+
+func (x *ArtifactFilter) GetMinSize() int64 {
+	if x != nil {
+		return x.MinSize
+	}
+	return 0
+}
+
+func (x *ArtifactFilter) GetMaxSize() int64 {
+	if x != nil && x.MaxSize != nil {
+		return *x.MaxSize
+	}
+	return 0
+}
+
+func (x *ArtifactFilter) GetPinned() bool {
+	if x != nil && x.Pinned != nil {
+		return *x.Pinned
+	}
+	return false
+}
+
+// ListArtifactsRequest asks for a page of what is stored.
+type ListArtifactsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to list.
+	Filter *ArtifactFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// What to order by, ascending.
+	OrderBy ArtifactOrder `protobuf:"varint,2,opt,name=order_by,json=orderBy,proto3,enum=polykit.cache.v1.ArtifactOrder" json:"order_by,omitempty"`
+	// Order descending instead.
+	Descending bool `protobuf:"varint,3,opt,name=descending,proto3" json:"descending,omitempty"`
+	// Most artifacts wanted in the answer: 0 means 100; more than 1,000 is cut to 1,000.
+	PageSize int32 `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The next_page_token of the page before, whose request must have been the same but for page_size and
+	// this; empty for the first page.
+	PageToken     string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListArtifactsRequest) Reset() {
+	*x = ListArtifactsRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListArtifactsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListArtifactsRequest) ProtoMessage() {}
+
+func (x *ListArtifactsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListArtifactsRequest.ProtoReflect.Descriptor instead.
+func (*ListArtifactsRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListArtifactsRequest) GetFilter() *ArtifactFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *ListArtifactsRequest) GetOrderBy() ArtifactOrder {
+	if x != nil {
+		return x.OrderBy
+	}
+	return ArtifactOrder_ARTIFACT_ORDER_UNSPECIFIED
+}
+
+func (x *ListArtifactsRequest) GetDescending() bool {
+	if x != nil {
+		return x.Descending
+	}
+	return false
+}
+
+func (x *ListArtifactsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListArtifactsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ListArtifactsResponse is a page of what is stored.
+type ListArtifactsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The artifacts of this page.
+	Artifacts []*StoredArtifact `protobuf:"bytes,1,rep,name=artifacts,proto3" json:"artifacts,omitempty"`
+	// Asks for the next page; empty on the last one.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListArtifactsResponse) Reset() {
+	*x = ListArtifactsResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListArtifactsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListArtifactsResponse) ProtoMessage() {}
+
+func (x *ListArtifactsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListArtifactsResponse.ProtoReflect.Descriptor instead.
+func (*ListArtifactsResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListArtifactsResponse) GetArtifacts() []*StoredArtifact {
+	if x != nil {
+		return x.Artifacts
+	}
+	return nil
+}
+
+func (x *ListArtifactsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// DeleteArtifactRequest names the artifact to delete.
+type DeleteArtifactRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key of the artifact: 32 to 128 hexadecimal digits of either case.
+	CacheKey      string `protobuf:"bytes,1,opt,name=cache_key,json=cacheKey,proto3" json:"cache_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteArtifactRequest) Reset() {
+	*x = DeleteArtifactRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteArtifactRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteArtifactRequest) ProtoMessage() {}
+
+func (x *DeleteArtifactRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteArtifactRequest.ProtoReflect.Descriptor instead.
+func (*DeleteArtifactRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *DeleteArtifactRequest) GetCacheKey() string {
+	if x != nil {
+		return x.CacheKey
+	}
+	return ""
+}
+
+// DeleteArtifactResponse says that the artifact is deleted.
+type DeleteArtifactResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteArtifactResponse) Reset() {
+	*x = DeleteArtifactResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteArtifactResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteArtifactResponse) ProtoMessage() {}
+
+func (x *DeleteArtifactResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteArtifactResponse.ProtoReflect.Descriptor instead.
+func (*DeleteArtifactResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{16}
+}
+
+// DeleteArtifactsRequest says which artifacts to delete.
+type DeleteArtifactsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The artifacts to delete. It must not be empty, unless all is set.
+	Filter *ArtifactFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// Delete everything that is not pinned, if the filter is empty.
+	All bool `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
+	// Only say what would be deleted, of everything that matches.
+	DryRun        bool `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteArtifactsRequest) Reset() {
+	*x = DeleteArtifactsRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteArtifactsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteArtifactsRequest) ProtoMessage() {}
+
+func (x *DeleteArtifactsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteArtifactsRequest.ProtoReflect.Descriptor instead.
+func (*DeleteArtifactsRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DeleteArtifactsRequest) GetFilter() *ArtifactFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *DeleteArtifactsRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *DeleteArtifactsRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+// DeleteArtifactsResponse says what was deleted, or would be.
+type DeleteArtifactsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was deleted, by package and task, the most bytes first.
+	Removals []*Removal `protobuf:"bytes,1,rep,name=removals,proto3" json:"removals,omitempty"`
+	// There are more artifacts that match: the same call again deletes them.
+	More          bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteArtifactsResponse) Reset() {
+	*x = DeleteArtifactsResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteArtifactsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteArtifactsResponse) ProtoMessage() {}
+
+func (x *DeleteArtifactsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteArtifactsResponse.ProtoReflect.Descriptor instead.
+func (*DeleteArtifactsResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DeleteArtifactsResponse) GetRemovals() []*Removal {
+	if x != nil {
+		return x.Removals
+	}
+	return nil
+}
+
+func (x *DeleteArtifactsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+// Removal is a number of artifacts of one package and task that are removed for one reason.
+type Removal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Their package.
+	PackageName string `protobuf:"bytes,1,opt,name=package_name,json=packageName,proto3" json:"package_name,omitempty"`
+	// Their task.
+	TaskName string `protobuf:"bytes,2,opt,name=task_name,json=taskName,proto3" json:"task_name,omitempty"`
+	// Why they are removed.
+	Reason RemovalReason `protobuf:"varint,3,opt,name=reason,proto3,enum=polykit.cache.v1.RemovalReason" json:"reason,omitempty"`
+	// How many there are.
+	ArtifactCount int64 `protobuf:"varint,4,opt,name=artifact_count,json=artifactCount,proto3" json:"artifact_count,omitempty"`
+	// Bytes on the server's disk that this frees.
+	DiskSize      int64 `protobuf:"varint,5,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Removal) Reset() {
+	*x = Removal{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Removal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Removal) ProtoMessage() {}
+
+func (x *Removal) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Removal.ProtoReflect.Descriptor instead.
+func (*Removal) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Removal) GetPackageName() string {
+	if x != nil {
+		return x.PackageName
+	}
+	return ""
+}
+
+func (x *Removal) GetTaskName() string {
+	if x != nil {
+		return x.TaskName
+	}
+	return ""
+}
+
+func (x *Removal) GetReason() RemovalReason {
+	if x != nil {
+		return x.Reason
+	}
+	return RemovalReason_REMOVAL_REASON_UNSPECIFIED
+}
+
+func (x *Removal) GetArtifactCount() int64 {
+	if x != nil {
+		return x.ArtifactCount
+	}
+	return 0
+}
+
+func (x *Removal) GetDiskSize() int64 {
+	if x != nil {
+		return x.DiskSize
+	}
+	return 0
+}
+
+// FindMissingArtifactsRequest names keys to look for.
+type FindMissingArtifactsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 10,000 keys, each 32 to 128 hexadecimal digits of either case.
+	CacheKeys     []string `protobuf:"bytes,1,rep,name=cache_keys,json=cacheKeys,proto3" json:"cache_keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindMissingArtifactsRequest) Reset() {
+	*x = FindMissingArtifactsRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindMissingArtifactsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindMissingArtifactsRequest) ProtoMessage() {}
+
+func (x *FindMissingArtifactsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindMissingArtifactsRequest.ProtoReflect.Descriptor instead.
+func (*FindMissingArtifactsRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *FindMissingArtifactsRequest) GetCacheKeys() []string {
+	if x != nil {
+		return x.CacheKeys
+	}
+	return nil
+}
+
+// FindMissingArtifactsResponse says which keys have no artifact.
+type FindMissingArtifactsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The keys without an artifact, lower-case, each once, in the order of the request.
+	MissingCacheKeys []string `protobuf:"bytes,1,rep,name=missing_cache_keys,json=missingCacheKeys,proto3" json:"missing_cache_keys,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *FindMissingArtifactsResponse) Reset() {
+	*x = FindMissingArtifactsResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindMissingArtifactsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindMissingArtifactsResponse) ProtoMessage() {}
+
+func (x *FindMissingArtifactsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindMissingArtifactsResponse.ProtoReflect.Descriptor instead.
+func (*FindMissingArtifactsResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *FindMissingArtifactsResponse) GetMissingCacheKeys() []string {
+	if x != nil {
+		return x.MissingCacheKeys
+	}
+	return nil
+}
+
+// PinArtifactRequest names the artifact to pin.
+type PinArtifactRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key of the artifact: 32 to 128 hexadecimal digits of either case.
+	CacheKey      string `protobuf:"bytes,1,opt,name=cache_key,json=cacheKey,proto3" json:"cache_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinArtifactRequest) Reset() {
+	*x = PinArtifactRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinArtifactRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinArtifactRequest) ProtoMessage() {}
+
+func (x *PinArtifactRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinArtifactRequest.ProtoReflect.Descriptor instead.
+func (*PinArtifactRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *PinArtifactRequest) GetCacheKey() string {
+	if x != nil {
+		return x.CacheKey
+	}
+	return ""
+}
+
+// PinArtifactResponse says that the artifact is pinned.
+type PinArtifactResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinArtifactResponse) Reset() {
+	*x = PinArtifactResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinArtifactResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinArtifactResponse) ProtoMessage() {}
+
+func (x *PinArtifactResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinArtifactResponse.ProtoReflect.Descriptor instead.
+func (*PinArtifactResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{23}
+}
+
+// UnpinArtifactRequest names the artifact to unpin.
+type UnpinArtifactRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key of the artifact: 32 to 128 hexadecimal digits of either case.
+	CacheKey      string `protobuf:"bytes,1,opt,name=cache_key,json=cacheKey,proto3" json:"cache_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinArtifactRequest) Reset() {
+	*x = UnpinArtifactRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinArtifactRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinArtifactRequest) ProtoMessage() {}
+
+func (x *UnpinArtifactRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinArtifactRequest.ProtoReflect.Descriptor instead.
+func (*UnpinArtifactRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *UnpinArtifactRequest) GetCacheKey() string {
+	if x != nil {
+		return x.CacheKey
+	}
+	return ""
+}
+
+// UnpinArtifactResponse says that the artifact is not pinned.
+type UnpinArtifactResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinArtifactResponse) Reset() {
+	*x = UnpinArtifactResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinArtifactResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinArtifactResponse) ProtoMessage() {}
+
+func (x *UnpinArtifactResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinArtifactResponse.ProtoReflect.Descriptor instead.
+func (*UnpinArtifactResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{25}
+}
+
+// GetCacheStatsRequest asks for statistics.
+type GetCacheStatsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Most packages and tasks wanted in the answer, those with the most bytes on disk first: 0 means 100;
+	// more than 1,000 is cut to 1,000.
+	MaxTasks      int32 `protobuf:"varint,1,opt,name=max_tasks,json=maxTasks,proto3" json:"max_tasks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetCacheStatsRequest) Reset() {
+	*x = GetCacheStatsRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetCacheStatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetCacheStatsRequest) ProtoMessage() {}
+
+func (x *GetCacheStatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetCacheStatsRequest.ProtoReflect.Descriptor instead.
+func (*GetCacheStatsRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GetCacheStatsRequest) GetMaxTasks() int32 {
+	if x != nil {
+		return x.MaxTasks
+	}
+	return 0
+}
+
+// GetCacheStatsResponse is the statistics of a cache.
+type GetCacheStatsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Everything together, counted since the index began.
+	Total *CacheStats `protobuf:"bytes,1,opt,name=total,proto3" json:"total,omitempty"`
+	// What happened since the server started.
+	SinceStart *UsageStats `protobuf:"bytes,2,opt,name=since_start,json=sinceStart,proto3" json:"since_start,omitempty"`
+	// When the server started.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// By package and task, the most bytes on disk first. A miss counts for the package and task whose
+	// artifact was then uploaded under the key; those after which none was count in total only.
+	Tasks []*TaskStats `protobuf:"bytes,4,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	// How many packages and tasks there are, in tasks or not.
+	TaskCount int64 `protobuf:"varint,5,opt,name=task_count,json=taskCount,proto3" json:"task_count,omitempty"`
+	// The disk.
+	Storage *StorageStats `protobuf:"bytes,6,opt,name=storage,proto3" json:"storage,omitempty"`
+	// Whether the index knows everything that is stored. If not, it is being completed in the background,
+	// and the numbers here are lower than they should be.
+	IndexComplete bool `protobuf:"varint,7,opt,name=index_complete,json=indexComplete,proto3" json:"index_complete,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetCacheStatsResponse) Reset() {
+	*x = GetCacheStatsResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetCacheStatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetCacheStatsResponse) ProtoMessage() {}
+
+func (x *GetCacheStatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetCacheStatsResponse.ProtoReflect.Descriptor instead.
+func (*GetCacheStatsResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *GetCacheStatsResponse) GetTotal() *CacheStats {
+	if x != nil {
+		return x.Total
+	}
+	return nil
+}
+
+func (x *GetCacheStatsResponse) GetSinceStart() *UsageStats {
+	if x != nil {
+		return x.SinceStart
+	}
+	return nil
+}
+
+func (x *GetCacheStatsResponse) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *GetCacheStatsResponse) GetTasks() []*TaskStats {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+func (x *GetCacheStatsResponse) GetTaskCount() int64 {
+	if x != nil {
+		return x.TaskCount
+	}
+	return 0
+}
+
+func (x *GetCacheStatsResponse) GetStorage() *StorageStats {
+	if x != nil {
+		return x.Storage
+	}
+	return nil
+}
+
+func (x *GetCacheStatsResponse) GetIndexComplete() bool {
+	if x != nil {
+		return x.IndexComplete
+	}
+	return false
+}
+
+// CacheStats is about a number of artifacts.
+type CacheStats struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many are stored.
+	ArtifactCount int64 `protobuf:"varint,1,opt,name=artifact_count,json=artifactCount,proto3" json:"artifact_count,omitempty"`
+	// Bytes of these as uploaded, that is, compressed.
+	Size int64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	// Bytes of their files, uncompressed.
+	UncompressedSize int64 `protobuf:"varint,3,opt,name=uncompressed_size,json=uncompressedSize,proto3" json:"uncompressed_size,omitempty"`
+	// Bytes that they take on the server's disk.
+	DiskSize int64 `protobuf:"varint,4,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
+	// What happened with them and those that were removed.
+	Usage         *UsageStats `protobuf:"bytes,5,opt,name=usage,proto3" json:"usage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CacheStats) Reset() {
+	*x = CacheStats{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheStats) ProtoMessage() {}
+
+func (x *CacheStats) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheStats.ProtoReflect.Descriptor instead.
+func (*CacheStats) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CacheStats) GetArtifactCount() int64 {
+	if x != nil {
+		return x.ArtifactCount
+	}
+	return 0
+}
+
+func (x *CacheStats) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *CacheStats) GetUncompressedSize() int64 {
+	if x != nil {
+		return x.UncompressedSize
+	}
+	return 0
+}
+
+func (x *CacheStats) GetDiskSize() int64 {
+	if x != nil {
+		return x.DiskSize
+	}
+	return 0
+}
+
+func (x *CacheStats) GetUsage() *UsageStats {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+// UsageStats counts what happened.
+type UsageStats struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Downloads that found an artifact.
+	HitCount int64 `protobuf:"varint,1,opt,name=hit_count,json=hitCount,proto3" json:"hit_count,omitempty"`
+	// Downloads that did not.
+	MissCount int64 `protobuf:"varint,2,opt,name=miss_count,json=missCount,proto3" json:"miss_count,omitempty"`
+	// hit_count through hit_count and miss_count together: 0 to 1. 0 if both are.
+	HitRate float64 `protobuf:"fixed64,3,opt,name=hit_rate,json=hitRate,proto3" json:"hit_rate,omitempty"`
+	// Uploads that were stored.
+	StoredCount int64 `protobuf:"varint,4,opt,name=stored_count,json=storedCount,proto3" json:"stored_count,omitempty"`
+	// Artifacts that the retention policy removed.
+	EvictedCount int64 `protobuf:"varint,5,opt,name=evicted_count,json=evictedCount,proto3" json:"evicted_count,omitempty"`
+	// Bytes of these on the server's disk.
+	EvictedDiskSize int64 `protobuf:"varint,6,opt,name=evicted_disk_size,json=evictedDiskSize,proto3" json:"evicted_disk_size,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *UsageStats) Reset() {
+	*x = UsageStats{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageStats) ProtoMessage() {}
+
+func (x *UsageStats) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageStats.ProtoReflect.Descriptor instead.
+func (*UsageStats) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *UsageStats) GetHitCount() int64 {
+	if x != nil {
+		return x.HitCount
+	}
+	return 0
+}
+
+func (x *UsageStats) GetMissCount() int64 {
+	if x != nil {
+		return x.MissCount
+	}
+	return 0
+}
+
+func (x *UsageStats) GetHitRate() float64 {
+	if x != nil {
+		return x.HitRate
+	}
+	return 0
+}
+
+func (x *UsageStats) GetStoredCount() int64 {
+	if x != nil {
+		return x.StoredCount
+	}
+	return 0
+}
+
+func (x *UsageStats) GetEvictedCount() int64 {
+	if x != nil {
+		return x.EvictedCount
+	}
+	return 0
+}
+
+func (x *UsageStats) GetEvictedDiskSize() int64 {
+	if x != nil {
+		return x.EvictedDiskSize
+	}
+	return 0
+}
+
+// TaskStats is about the artifacts of one task of one package.
+type TaskStats struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The package.
+	PackageName string `protobuf:"bytes,1,opt,name=package_name,json=packageName,proto3" json:"package_name,omitempty"`
+	// The task.
+	TaskName string `protobuf:"bytes,2,opt,name=task_name,json=taskName,proto3" json:"task_name,omitempty"`
+	// Its artifacts.
+	Stats         *CacheStats `protobuf:"bytes,3,opt,name=stats,proto3" json:"stats,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaskStats) Reset() {
+	*x = TaskStats{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaskStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaskStats) ProtoMessage() {}
+
+func (x *TaskStats) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaskStats.ProtoReflect.Descriptor instead.
+func (*TaskStats) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *TaskStats) GetPackageName() string {
+	if x != nil {
+		return x.PackageName
+	}
+	return ""
+}
+
+func (x *TaskStats) GetTaskName() string {
+	if x != nil {
+		return x.TaskName
+	}
+	return ""
+}
+
+func (x *TaskStats) GetStats() *CacheStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+// StorageStats is about the disk that artifacts are stored on.
+type StorageStats struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Bytes on disk of everything in the storage directory: artifacts, uploads in flight and what the
+	// server keeps for itself.
+	UsedSize int64 `protobuf:"varint,1,opt,name=used_size,json=usedSize,proto3" json:"used_size,omitempty"`
+	// The most that used_size may be; 0 for no limit.
+	MaxStorageSize int64 `protobuf:"varint,2,opt,name=max_storage_size,json=maxStorageSize,proto3" json:"max_storage_size,omitempty"`
+	// Bytes that are free on the file system.
+	FreeSize int64 `protobuf:"varint,3,opt,name=free_size,json=freeSize,proto3" json:"free_size,omitempty"`
+	// The least that free_size may be.
+	MinFreeSize int64 `protobuf:"varint,4,opt,name=min_free_size,json=minFreeSize,proto3" json:"min_free_size,omitempty"`
+	// Bytes of the file system.
+	DiskSize int64 `protobuf:"varint,5,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
+	// Files in quarantine.
+	QuarantinedCount int64 `protobuf:"varint,6,opt,name=quarantined_count,json=quarantinedCount,proto3" json:"quarantined_count,omitempty"`
+	// Bytes of these on disk.
+	QuarantinedSize int64 `protobuf:"varint,7,opt,name=quarantined_size,json=quarantinedSize,proto3" json:"quarantined_size,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *StorageStats) Reset() {
+	*x = StorageStats{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StorageStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StorageStats) ProtoMessage() {}
+
+func (x *StorageStats) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StorageStats.ProtoReflect.Descriptor instead.
+func (*StorageStats) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *StorageStats) GetUsedSize() int64 {
+	if x != nil {
+		return x.UsedSize
+	}
+	return 0
+}
+
+func (x *StorageStats) GetMaxStorageSize() int64 {
+	if x != nil {
+		return x.MaxStorageSize
+	}
+	return 0
+}
+
+func (x *StorageStats) GetFreeSize() int64 {
+	if x != nil {
+		return x.FreeSize
+	}
+	return 0
+}
+
+func (x *StorageStats) GetMinFreeSize() int64 {
+	if x != nil {
+		return x.MinFreeSize
+	}
+	return 0
+}
+
+func (x *StorageStats) GetDiskSize() int64 {
+	if x != nil {
+		return x.DiskSize
+	}
+	return 0
+}
+
+func (x *StorageStats) GetQuarantinedCount() int64 {
+	if x != nil {
+		return x.QuarantinedCount
+	}
+	return 0
+}
+
+func (x *StorageStats) GetQuarantinedSize() int64 {
+	if x != nil {
+		return x.QuarantinedSize
+	}
+	return 0
+}
+
+// RetentionPolicy says what is kept. What is not set in it is as the server is set.
+type RetentionPolicy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The most bytes on disk of the whole storage directory; 0 for no limit.
+	MaxStorageSize *int64 `protobuf:"varint,1,opt,name=max_storage_size,json=maxStorageSize,proto3,oneof" json:"max_storage_size,omitempty"`
+	// The least bytes that may be free on the file system.
+	MinFreeSize *int64 `protobuf:"varint,2,opt,name=min_free_size,json=minFreeSize,proto3,oneof" json:"min_free_size,omitempty"`
+	// How long artifacts are kept after their last use; 0 for ever.
+	MaxAge *durationpb.Duration `protobuf:"bytes,3,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
+	// How many artifacts of each task of each package are kept, the newest ones; 0 for all.
+	KeepLast      *int32 `protobuf:"varint,4,opt,name=keep_last,json=keepLast,proto3,oneof" json:"keep_last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetentionPolicy) Reset() {
+	*x = RetentionPolicy{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetentionPolicy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetentionPolicy) ProtoMessage() {}
+
+func (x *RetentionPolicy) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetentionPolicy.ProtoReflect.Descriptor instead.
+func (*RetentionPolicy) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RetentionPolicy) GetMaxStorageSize() int64 {
+	if x != nil && x.MaxStorageSize != nil {
+		return *x.MaxStorageSize
+	}
+	return 0
+}
+
+func (x *RetentionPolicy) GetMinFreeSize() int64 {
+	if x != nil && x.MinFreeSize != nil {
+		return *x.MinFreeSize
+	}
+	return 0
+}
+
+func (x *RetentionPolicy) GetMaxAge() *durationpb.Duration {
+	if x != nil {
+		return x.MaxAge
+	}
+	return nil
+}
+
+func (x *RetentionPolicy) GetKeepLast() int32 {
+	if x != nil && x.KeepLast != nil {
+		return *x.KeepLast
+	}
+	return 0
+}
+
+// CollectGarbageRequest says what to keep.
+type CollectGarbageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to keep, for this call only.
+	Policy *RetentionPolicy `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Only say what would be removed, of everything that would.
+	DryRun        bool `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectGarbageRequest) Reset() {
+	*x = CollectGarbageRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectGarbageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectGarbageRequest) ProtoMessage() {}
+
+func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectGarbageRequest.ProtoReflect.Descriptor instead.
+func (*CollectGarbageRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *CollectGarbageRequest) GetPolicy() *RetentionPolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *CollectGarbageRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+// CollectGarbageResponse says what was removed, or would be.
+type CollectGarbageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was removed, by package, task and reason, the most bytes first.
+	Removals []*Removal `protobuf:"bytes,1,rep,name=removals,proto3" json:"removals,omitempty"`
+	// There is more to remove: the same call again removes it.
+	More          bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectGarbageResponse) Reset() {
+	*x = CollectGarbageResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectGarbageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectGarbageResponse) ProtoMessage() {}
+
+func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
+func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *CollectGarbageResponse) GetRemovals() []*Removal {
+	if x != nil {
+		return x.Removals
+	}
+	return nil
+}
+
+func (x *CollectGarbageResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+// QuarantinedFile is a file that was moved out of the way.
+type QuarantinedFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name in the server's quarantine.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The key under which it was stored; empty if it was no artifact.
+	CacheKey string `protobuf:"bytes,2,opt,name=cache_key,json=cacheKey,proto3" json:"cache_key,omitempty"`
+	// Its bytes.
+	Size int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// What was wrong with it.
+	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When it was moved.
+	QuarantinedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=quarantined_at,json=quarantinedAt,proto3" json:"quarantined_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantinedFile) Reset() {
+	*x = QuarantinedFile{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantinedFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantinedFile) ProtoMessage() {}
+
+func (x *QuarantinedFile) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantinedFile.ProtoReflect.Descriptor instead.
+func (*QuarantinedFile) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *QuarantinedFile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *QuarantinedFile) GetCacheKey() string {
+	if x != nil {
+		return x.CacheKey
+	}
+	return ""
+}
+
+func (x *QuarantinedFile) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *QuarantinedFile) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *QuarantinedFile) GetQuarantinedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.QuarantinedAt
+	}
+	return nil
+}
+
+// ListQuarantineRequest asks for a page of what is in quarantine.
+type ListQuarantineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Most files wanted in the answer: 0 means 100; more than 1,000 is cut to 1,000.
+	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The next_page_token of the page before; empty for the first page.
+	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQuarantineRequest) Reset() {
+	*x = ListQuarantineRequest{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQuarantineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQuarantineRequest) ProtoMessage() {}
+
+func (x *ListQuarantineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQuarantineRequest.ProtoReflect.Descriptor instead.
+func (*ListQuarantineRequest) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListQuarantineRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListQuarantineRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ListQuarantineResponse is a page of what is in quarantine.
+type ListQuarantineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The files of this page.
+	Files []*QuarantinedFile `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	// Asks for the next page; empty on the last one.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQuarantineResponse) Reset() {
+	*x = ListQuarantineResponse{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQuarantineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQuarantineResponse) ProtoMessage() {}
+
+func (x *ListQuarantineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQuarantineResponse.ProtoReflect.Descriptor instead.
+func (*ListQuarantineResponse) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ListQuarantineResponse) GetFiles() []*QuarantinedFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *ListQuarantineResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 var File_polykit_cache_v1_artifact_service_proto protoreflect.FileDescriptor
 
 const file_polykit_cache_v1_artifact_service_proto_rawDesc = "" +
 	"\n" +
-	"'polykit/cache/v1/artifact_service.proto\x12\x10polykit.cache.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x02\n" +
+	"'polykit/cache/v1/artifact_service.proto\x12\x10polykit.cache.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x02\n" +
 	"\bArtifact\x12\x1b\n" +
 	"\tcache_key\x18\x01 \x01(\tR\bcacheKey\x12\x12\n" +
 	"\x04hash\x18\x02 \x01(\tR\x04hash\x12\x12\n" +
@@ -843,12 +2723,167 @@ const file_polykit_cache_v1_artifact_service_proto_rawDesc = "" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\"y\n" +
 	"\x19ListArtifactFilesResponse\x124\n" +
 	"\x05files\x18\x01 \x03(\v2\x1e.polykit.cache.v1.ArtifactFileR\x05files\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x9a\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd8\x01\n" +
+	"\x0eStoredArtifact\x126\n" +
+	"\bartifact\x18\x01 \x01(\v2\x1a.polykit.cache.v1.ArtifactR\bartifact\x12<\n" +
+	"\flast_used_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"lastUsedAt\x12\x1b\n" +
+	"\tuse_count\x18\x03 \x01(\x03R\buseCount\x12\x1b\n" +
+	"\tdisk_size\x18\x04 \x01(\x03R\bdiskSize\x12\x16\n" +
+	"\x06pinned\x18\x05 \x01(\bR\x06pinned\"\xd7\x03\n" +
+	"\x0eArtifactFilter\x12!\n" +
+	"\fpackage_name\x18\x01 \x01(\tR\vpackageName\x12\x1b\n" +
+	"\ttask_name\x18\x02 \x01(\tR\btaskName\x12\x1d\n" +
+	"\n" +
+	"key_prefix\x18\x03 \x01(\tR\tkeyPrefix\x12=\n" +
+	"\fstored_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vstoredAfter\x12?\n" +
+	"\rstored_before\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\fstoredBefore\x129\n" +
+	"\n" +
+	"used_after\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tusedAfter\x12;\n" +
+	"\vused_before\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"usedBefore\x12\x19\n" +
+	"\bmin_size\x18\b \x01(\x03R\aminSize\x12\x1e\n" +
+	"\bmax_size\x18\t \x01(\x03H\x00R\amaxSize\x88\x01\x01\x12\x1b\n" +
+	"\x06pinned\x18\n" +
+	" \x01(\bH\x01R\x06pinned\x88\x01\x01B\v\n" +
+	"\t_max_sizeB\t\n" +
+	"\a_pinned\"\xe8\x01\n" +
+	"\x14ListArtifactsRequest\x128\n" +
+	"\x06filter\x18\x01 \x01(\v2 .polykit.cache.v1.ArtifactFilterR\x06filter\x12:\n" +
+	"\border_by\x18\x02 \x01(\x0e2\x1f.polykit.cache.v1.ArtifactOrderR\aorderBy\x12\x1e\n" +
+	"\n" +
+	"descending\x18\x03 \x01(\bR\n" +
+	"descending\x12\x1b\n" +
+	"\tpage_size\x18\x04 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x05 \x01(\tR\tpageToken\"\x7f\n" +
+	"\x15ListArtifactsResponse\x12>\n" +
+	"\tartifacts\x18\x01 \x03(\v2 .polykit.cache.v1.StoredArtifactR\tartifacts\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"4\n" +
+	"\x15DeleteArtifactRequest\x12\x1b\n" +
+	"\tcache_key\x18\x01 \x01(\tR\bcacheKey\"\x18\n" +
+	"\x16DeleteArtifactResponse\"}\n" +
+	"\x16DeleteArtifactsRequest\x128\n" +
+	"\x06filter\x18\x01 \x01(\v2 .polykit.cache.v1.ArtifactFilterR\x06filter\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"d\n" +
+	"\x17DeleteArtifactsResponse\x125\n" +
+	"\bremovals\x18\x01 \x03(\v2\x19.polykit.cache.v1.RemovalR\bremovals\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\xc6\x01\n" +
+	"\aRemoval\x12!\n" +
+	"\fpackage_name\x18\x01 \x01(\tR\vpackageName\x12\x1b\n" +
+	"\ttask_name\x18\x02 \x01(\tR\btaskName\x127\n" +
+	"\x06reason\x18\x03 \x01(\x0e2\x1f.polykit.cache.v1.RemovalReasonR\x06reason\x12%\n" +
+	"\x0eartifact_count\x18\x04 \x01(\x03R\rartifactCount\x12\x1b\n" +
+	"\tdisk_size\x18\x05 \x01(\x03R\bdiskSize\"<\n" +
+	"\x1bFindMissingArtifactsRequest\x12\x1d\n" +
+	"\n" +
+	"cache_keys\x18\x01 \x03(\tR\tcacheKeys\"L\n" +
+	"\x1cFindMissingArtifactsResponse\x12,\n" +
+	"\x12missing_cache_keys\x18\x01 \x03(\tR\x10missingCacheKeys\"1\n" +
+	"\x12PinArtifactRequest\x12\x1b\n" +
+	"\tcache_key\x18\x01 \x01(\tR\bcacheKey\"\x15\n" +
+	"\x13PinArtifactResponse\"3\n" +
+	"\x14UnpinArtifactRequest\x12\x1b\n" +
+	"\tcache_key\x18\x01 \x01(\tR\bcacheKey\"\x17\n" +
+	"\x15UnpinArtifactResponse\"3\n" +
+	"\x14GetCacheStatsRequest\x12\x1b\n" +
+	"\tmax_tasks\x18\x01 \x01(\x05R\bmaxTasks\"\xf8\x02\n" +
+	"\x15GetCacheStatsResponse\x122\n" +
+	"\x05total\x18\x01 \x01(\v2\x1c.polykit.cache.v1.CacheStatsR\x05total\x12=\n" +
+	"\vsince_start\x18\x02 \x01(\v2\x1c.polykit.cache.v1.UsageStatsR\n" +
+	"sinceStart\x129\n" +
+	"\n" +
+	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x121\n" +
+	"\x05tasks\x18\x04 \x03(\v2\x1b.polykit.cache.v1.TaskStatsR\x05tasks\x12\x1d\n" +
+	"\n" +
+	"task_count\x18\x05 \x01(\x03R\ttaskCount\x128\n" +
+	"\astorage\x18\x06 \x01(\v2\x1e.polykit.cache.v1.StorageStatsR\astorage\x12%\n" +
+	"\x0eindex_complete\x18\a \x01(\bR\rindexComplete\"\xc5\x01\n" +
+	"\n" +
+	"CacheStats\x12%\n" +
+	"\x0eartifact_count\x18\x01 \x01(\x03R\rartifactCount\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x12+\n" +
+	"\x11uncompressed_size\x18\x03 \x01(\x03R\x10uncompressedSize\x12\x1b\n" +
+	"\tdisk_size\x18\x04 \x01(\x03R\bdiskSize\x122\n" +
+	"\x05usage\x18\x05 \x01(\v2\x1c.polykit.cache.v1.UsageStatsR\x05usage\"\xd7\x01\n" +
+	"\n" +
+	"UsageStats\x12\x1b\n" +
+	"\thit_count\x18\x01 \x01(\x03R\bhitCount\x12\x1d\n" +
+	"\n" +
+	"miss_count\x18\x02 \x01(\x03R\tmissCount\x12\x19\n" +
+	"\bhit_rate\x18\x03 \x01(\x01R\ahitRate\x12!\n" +
+	"\fstored_count\x18\x04 \x01(\x03R\vstoredCount\x12#\n" +
+	"\revicted_count\x18\x05 \x01(\x03R\fevictedCount\x12*\n" +
+	"\x11evicted_disk_size\x18\x06 \x01(\x03R\x0fevictedDiskSize\"\x7f\n" +
+	"\tTaskStats\x12!\n" +
+	"\fpackage_name\x18\x01 \x01(\tR\vpackageName\x12\x1b\n" +
+	"\ttask_name\x18\x02 \x01(\tR\btaskName\x122\n" +
+	"\x05stats\x18\x03 \x01(\v2\x1c.polykit.cache.v1.CacheStatsR\x05stats\"\x8b\x02\n" +
+	"\fStorageStats\x12\x1b\n" +
+	"\tused_size\x18\x01 \x01(\x03R\busedSize\x12(\n" +
+	"\x10max_storage_size\x18\x02 \x01(\x03R\x0emaxStorageSize\x12\x1b\n" +
+	"\tfree_size\x18\x03 \x01(\x03R\bfreeSize\x12\"\n" +
+	"\rmin_free_size\x18\x04 \x01(\x03R\vminFreeSize\x12\x1b\n" +
+	"\tdisk_size\x18\x05 \x01(\x03R\bdiskSize\x12+\n" +
+	"\x11quarantined_count\x18\x06 \x01(\x03R\x10quarantinedCount\x12)\n" +
+	"\x10quarantined_size\x18\a \x01(\x03R\x0fquarantinedSize\"\xf4\x01\n" +
+	"\x0fRetentionPolicy\x12-\n" +
+	"\x10max_storage_size\x18\x01 \x01(\x03H\x00R\x0emaxStorageSize\x88\x01\x01\x12'\n" +
+	"\rmin_free_size\x18\x02 \x01(\x03H\x01R\vminFreeSize\x88\x01\x01\x122\n" +
+	"\amax_age\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06maxAge\x12 \n" +
+	"\tkeep_last\x18\x04 \x01(\x05H\x02R\bkeepLast\x88\x01\x01B\x13\n" +
+	"\x11_max_storage_sizeB\x10\n" +
+	"\x0e_min_free_sizeB\f\n" +
+	"\n" +
+	"_keep_last\"k\n" +
+	"\x15CollectGarbageRequest\x129\n" +
+	"\x06policy\x18\x01 \x01(\v2!.polykit.cache.v1.RetentionPolicyR\x06policy\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"c\n" +
+	"\x16CollectGarbageResponse\x125\n" +
+	"\bremovals\x18\x01 \x03(\v2\x19.polykit.cache.v1.RemovalR\bremovals\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\xb1\x01\n" +
+	"\x0fQuarantinedFile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
+	"\tcache_key\x18\x02 \x01(\tR\bcacheKey\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12A\n" +
+	"\x0equarantined_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\rquarantinedAt\"S\n" +
+	"\x15ListQuarantineRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"y\n" +
+	"\x16ListQuarantineResponse\x127\n" +
+	"\x05files\x18\x01 \x03(\v2!.polykit.cache.v1.QuarantinedFileR\x05files\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*\xa5\x01\n" +
+	"\rArtifactOrder\x12\x1e\n" +
+	"\x1aARTIFACT_ORDER_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18ARTIFACT_ORDER_STORED_AT\x10\x01\x12\x1f\n" +
+	"\x1bARTIFACT_ORDER_LAST_USED_AT\x10\x02\x12\x17\n" +
+	"\x13ARTIFACT_ORDER_SIZE\x10\x03\x12\x1c\n" +
+	"\x18ARTIFACT_ORDER_CACHE_KEY\x10\x04*\xc2\x01\n" +
+	"\rRemovalReason\x12\x1e\n" +
+	"\x1aREMOVAL_REASON_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16REMOVAL_REASON_DELETED\x10\x01\x12\x1a\n" +
+	"\x16REMOVAL_REASON_MAX_AGE\x10\x02\x12\x1c\n" +
+	"\x18REMOVAL_REASON_KEEP_LAST\x10\x03\x12\x1e\n" +
+	"\x1aREMOVAL_REASON_MAX_STORAGE\x10\x04\x12\x1b\n" +
+	"\x17REMOVAL_REASON_MIN_FREE\x10\x052\xaa\n" +
+	"\n" +
 	"\x0fArtifactService\x12\\\n" +
 	"\vPutArtifact\x12$.polykit.cache.v1.PutArtifactRequest\x1a%.polykit.cache.v1.PutArtifactResponse(\x01\x12\\\n" +
 	"\vGetArtifact\x12$.polykit.cache.v1.GetArtifactRequest\x1a%.polykit.cache.v1.GetArtifactResponse0\x01\x12]\n" +
 	"\fStatArtifact\x12%.polykit.cache.v1.StatArtifactRequest\x1a&.polykit.cache.v1.StatArtifactResponse\x12l\n" +
-	"\x11ListArtifactFiles\x12*.polykit.cache.v1.ListArtifactFilesRequest\x1a+.polykit.cache.v1.ListArtifactFilesResponseB?Z=github.com/polykit/polykit-cache/gen/polykit/cache/v1;cachev1b\x06proto3"
+	"\x11ListArtifactFiles\x12*.polykit.cache.v1.ListArtifactFilesRequest\x1a+.polykit.cache.v1.ListArtifactFilesResponse\x12`\n" +
+	"\rListArtifacts\x12&.polykit.cache.v1.ListArtifactsRequest\x1a'.polykit.cache.v1.ListArtifactsResponse\x12c\n" +
+	"\x0eDeleteArtifact\x12'.polykit.cache.v1.DeleteArtifactRequest\x1a(.polykit.cache.v1.DeleteArtifactResponse\x12f\n" +
+	"\x0fDeleteArtifacts\x12(.polykit.cache.v1.DeleteArtifactsRequest\x1a).polykit.cache.v1.DeleteArtifactsResponse\x12u\n" +
+	"\x14FindMissingArtifacts\x12-.polykit.cache.v1.FindMissingArtifactsRequest\x1a..polykit.cache.v1.FindMissingArtifactsResponse\x12Z\n" +
+	"\vPinArtifact\x12$.polykit.cache.v1.PinArtifactRequest\x1a%.polykit.cache.v1.PinArtifactResponse\x12`\n" +
+	"\rUnpinArtifact\x12&.polykit.cache.v1.UnpinArtifactRequest\x1a'.polykit.cache.v1.UnpinArtifactResponse\x12`\n" +
+	"\rGetCacheStats\x12&.polykit.cache.v1.GetCacheStatsRequest\x1a'.polykit.cache.v1.GetCacheStatsResponse\x12c\n" +
+	"\x0eCollectGarbage\x12'.polykit.cache.v1.CollectGarbageRequest\x1a(.polykit.cache.v1.CollectGarbageResponse\x12c\n" +
+	"\x0eListQuarantine\x12'.polykit.cache.v1.ListQuarantineRequest\x1a(.polykit.cache.v1.ListQuarantineResponseB?Z=github.com/polykit/polykit-cache/gen/polykit/cache/v1;cachev1b\x06proto3"
 
 var (
 	file_polykit_cache_v1_artifact_service_proto_rawDescOnce sync.Once
@@ -862,42 +2897,115 @@ func file_polykit_cache_v1_artifact_service_proto_rawDescGZIP() []byte {
 	return file_polykit_cache_v1_artifact_service_proto_rawDescData
 }
 
-var file_polykit_cache_v1_artifact_service_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_polykit_cache_v1_artifact_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_polykit_cache_v1_artifact_service_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_polykit_cache_v1_artifact_service_proto_goTypes = []any{
-	(*Artifact)(nil),                  // 0: polykit.cache.v1.Artifact
-	(*ArtifactFile)(nil),              // 1: polykit.cache.v1.ArtifactFile
-	(*PutArtifactRequest)(nil),        // 2: polykit.cache.v1.PutArtifactRequest
-	(*PutArtifactHeader)(nil),         // 3: polykit.cache.v1.PutArtifactHeader
-	(*PutArtifactResponse)(nil),       // 4: polykit.cache.v1.PutArtifactResponse
-	(*GetArtifactRequest)(nil),        // 5: polykit.cache.v1.GetArtifactRequest
-	(*GetArtifactResponse)(nil),       // 6: polykit.cache.v1.GetArtifactResponse
-	(*StatArtifactRequest)(nil),       // 7: polykit.cache.v1.StatArtifactRequest
-	(*StatArtifactResponse)(nil),      // 8: polykit.cache.v1.StatArtifactResponse
-	(*ListArtifactFilesRequest)(nil),  // 9: polykit.cache.v1.ListArtifactFilesRequest
-	(*ListArtifactFilesResponse)(nil), // 10: polykit.cache.v1.ListArtifactFilesResponse
-	(*timestamppb.Timestamp)(nil),     // 11: google.protobuf.Timestamp
+	(ArtifactOrder)(0),                   // 0: polykit.cache.v1.ArtifactOrder
+	(RemovalReason)(0),                   // 1: polykit.cache.v1.RemovalReason
+	(*Artifact)(nil),                     // 2: polykit.cache.v1.Artifact
+	(*ArtifactFile)(nil),                 // 3: polykit.cache.v1.ArtifactFile
+	(*PutArtifactRequest)(nil),           // 4: polykit.cache.v1.PutArtifactRequest
+	(*PutArtifactHeader)(nil),            // 5: polykit.cache.v1.PutArtifactHeader
+	(*PutArtifactResponse)(nil),          // 6: polykit.cache.v1.PutArtifactResponse
+	(*GetArtifactRequest)(nil),           // 7: polykit.cache.v1.GetArtifactRequest
+	(*GetArtifactResponse)(nil),          // 8: polykit.cache.v1.GetArtifactResponse
+	(*StatArtifactRequest)(nil),          // 9: polykit.cache.v1.StatArtifactRequest
+	(*StatArtifactResponse)(nil),         // 10: polykit.cache.v1.StatArtifactResponse
+	(*ListArtifactFilesRequest)(nil),     // 11: polykit.cache.v1.ListArtifactFilesRequest
+	(*ListArtifactFilesResponse)(nil),    // 12: polykit.cache.v1.ListArtifactFilesResponse
+	(*StoredArtifact)(nil),               // 13: polykit.cache.v1.StoredArtifact
+	(*ArtifactFilter)(nil),               // 14: polykit.cache.v1.ArtifactFilter
+	(*ListArtifactsRequest)(nil),         // 15: polykit.cache.v1.ListArtifactsRequest
+	(*ListArtifactsResponse)(nil),        // 16: polykit.cache.v1.ListArtifactsResponse
+	(*DeleteArtifactRequest)(nil),        // 17: polykit.cache.v1.DeleteArtifactRequest
+	(*DeleteArtifactResponse)(nil),       // 18: polykit.cache.v1.DeleteArtifactResponse
+	(*DeleteArtifactsRequest)(nil),       // 19: polykit.cache.v1.DeleteArtifactsRequest
+	(*DeleteArtifactsResponse)(nil),      // 20: polykit.cache.v1.DeleteArtifactsResponse
+	(*Removal)(nil),                      // 21: polykit.cache.v1.Removal
+	(*FindMissingArtifactsRequest)(nil),  // 22: polykit.cache.v1.FindMissingArtifactsRequest
+	(*FindMissingArtifactsResponse)(nil), // 23: polykit.cache.v1.FindMissingArtifactsResponse
+	(*PinArtifactRequest)(nil),           // 24: polykit.cache.v1.PinArtifactRequest
+	(*PinArtifactResponse)(nil),          // 25: polykit.cache.v1.PinArtifactResponse
+	(*UnpinArtifactRequest)(nil),         // 26: polykit.cache.v1.UnpinArtifactRequest
+	(*UnpinArtifactResponse)(nil),        // 27: polykit.cache.v1.UnpinArtifactResponse
+	(*GetCacheStatsRequest)(nil),         // 28: polykit.cache.v1.GetCacheStatsRequest
+	(*GetCacheStatsResponse)(nil),        // 29: polykit.cache.v1.GetCacheStatsResponse
+	(*CacheStats)(nil),                   // 30: polykit.cache.v1.CacheStats
+	(*UsageStats)(nil),                   // 31: polykit.cache.v1.UsageStats
+	(*TaskStats)(nil),                    // 32: polykit.cache.v1.TaskStats
+	(*StorageStats)(nil),                 // 33: polykit.cache.v1.StorageStats
+	(*RetentionPolicy)(nil),              // 34: polykit.cache.v1.RetentionPolicy
+	(*CollectGarbageRequest)(nil),        // 35: polykit.cache.v1.CollectGarbageRequest
+	(*CollectGarbageResponse)(nil),       // 36: polykit.cache.v1.CollectGarbageResponse
+	(*QuarantinedFile)(nil),              // 37: polykit.cache.v1.QuarantinedFile
+	(*ListQuarantineRequest)(nil),        // 38: polykit.cache.v1.ListQuarantineRequest
+	(*ListQuarantineResponse)(nil),       // 39: polykit.cache.v1.ListQuarantineResponse
+	(*timestamppb.Timestamp)(nil),        // 40: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 41: google.protobuf.Duration
 }
 var file_polykit_cache_v1_artifact_service_proto_depIdxs = []int32{
-	11, // 0: polykit.cache.v1.Artifact.created_at:type_name -> google.protobuf.Timestamp
-	11, // 1: polykit.cache.v1.Artifact.stored_at:type_name -> google.protobuf.Timestamp
-	3,  // 2: polykit.cache.v1.PutArtifactRequest.header:type_name -> polykit.cache.v1.PutArtifactHeader
-	0,  // 3: polykit.cache.v1.PutArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
-	0,  // 4: polykit.cache.v1.GetArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
-	0,  // 5: polykit.cache.v1.StatArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
-	1,  // 6: polykit.cache.v1.ListArtifactFilesResponse.files:type_name -> polykit.cache.v1.ArtifactFile
-	2,  // 7: polykit.cache.v1.ArtifactService.PutArtifact:input_type -> polykit.cache.v1.PutArtifactRequest
-	5,  // 8: polykit.cache.v1.ArtifactService.GetArtifact:input_type -> polykit.cache.v1.GetArtifactRequest
-	7,  // 9: polykit.cache.v1.ArtifactService.StatArtifact:input_type -> polykit.cache.v1.StatArtifactRequest
-	9,  // 10: polykit.cache.v1.ArtifactService.ListArtifactFiles:input_type -> polykit.cache.v1.ListArtifactFilesRequest
-	4,  // 11: polykit.cache.v1.ArtifactService.PutArtifact:output_type -> polykit.cache.v1.PutArtifactResponse
-	6,  // 12: polykit.cache.v1.ArtifactService.GetArtifact:output_type -> polykit.cache.v1.GetArtifactResponse
-	8,  // 13: polykit.cache.v1.ArtifactService.StatArtifact:output_type -> polykit.cache.v1.StatArtifactResponse
-	10, // 14: polykit.cache.v1.ArtifactService.ListArtifactFiles:output_type -> polykit.cache.v1.ListArtifactFilesResponse
-	11, // [11:15] is the sub-list for method output_type
-	7,  // [7:11] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	40, // 0: polykit.cache.v1.Artifact.created_at:type_name -> google.protobuf.Timestamp
+	40, // 1: polykit.cache.v1.Artifact.stored_at:type_name -> google.protobuf.Timestamp
+	5,  // 2: polykit.cache.v1.PutArtifactRequest.header:type_name -> polykit.cache.v1.PutArtifactHeader
+	2,  // 3: polykit.cache.v1.PutArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
+	2,  // 4: polykit.cache.v1.GetArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
+	2,  // 5: polykit.cache.v1.StatArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
+	3,  // 6: polykit.cache.v1.ListArtifactFilesResponse.files:type_name -> polykit.cache.v1.ArtifactFile
+	2,  // 7: polykit.cache.v1.StoredArtifact.artifact:type_name -> polykit.cache.v1.Artifact
+	40, // 8: polykit.cache.v1.StoredArtifact.last_used_at:type_name -> google.protobuf.Timestamp
+	40, // 9: polykit.cache.v1.ArtifactFilter.stored_after:type_name -> google.protobuf.Timestamp
+	40, // 10: polykit.cache.v1.ArtifactFilter.stored_before:type_name -> google.protobuf.Timestamp
+	40, // 11: polykit.cache.v1.ArtifactFilter.used_after:type_name -> google.protobuf.Timestamp
+	40, // 12: polykit.cache.v1.ArtifactFilter.used_before:type_name -> google.protobuf.Timestamp
+	14, // 13: polykit.cache.v1.ListArtifactsRequest.filter:type_name -> polykit.cache.v1.ArtifactFilter
+	0,  // 14: polykit.cache.v1.ListArtifactsRequest.order_by:type_name -> polykit.cache.v1.ArtifactOrder
+	13, // 15: polykit.cache.v1.ListArtifactsResponse.artifacts:type_name -> polykit.cache.v1.StoredArtifact
+	14, // 16: polykit.cache.v1.DeleteArtifactsRequest.filter:type_name -> polykit.cache.v1.ArtifactFilter
+	21, // 17: polykit.cache.v1.DeleteArtifactsResponse.removals:type_name -> polykit.cache.v1.Removal
+	1,  // 18: polykit.cache.v1.Removal.reason:type_name -> polykit.cache.v1.RemovalReason
+	30, // 19: polykit.cache.v1.GetCacheStatsResponse.total:type_name -> polykit.cache.v1.CacheStats
+	31, // 20: polykit.cache.v1.GetCacheStatsResponse.since_start:type_name -> polykit.cache.v1.UsageStats
+	40, // 21: polykit.cache.v1.GetCacheStatsResponse.started_at:type_name -> google.protobuf.Timestamp
+	32, // 22: polykit.cache.v1.GetCacheStatsResponse.tasks:type_name -> polykit.cache.v1.TaskStats
+	33, // 23: polykit.cache.v1.GetCacheStatsResponse.storage:type_name -> polykit.cache.v1.StorageStats
+	31, // 24: polykit.cache.v1.CacheStats.usage:type_name -> polykit.cache.v1.UsageStats
+	30, // 25: polykit.cache.v1.TaskStats.stats:type_name -> polykit.cache.v1.CacheStats
+	41, // 26: polykit.cache.v1.RetentionPolicy.max_age:type_name -> google.protobuf.Duration
+	34, // 27: polykit.cache.v1.CollectGarbageRequest.policy:type_name -> polykit.cache.v1.RetentionPolicy
+	21, // 28: polykit.cache.v1.CollectGarbageResponse.removals:type_name -> polykit.cache.v1.Removal
+	40, // 29: polykit.cache.v1.QuarantinedFile.quarantined_at:type_name -> google.protobuf.Timestamp
+	37, // 30: polykit.cache.v1.ListQuarantineResponse.files:type_name -> polykit.cache.v1.QuarantinedFile
+	4,  // 31: polykit.cache.v1.ArtifactService.PutArtifact:input_type -> polykit.cache.v1.PutArtifactRequest
+	7,  // 32: polykit.cache.v1.ArtifactService.GetArtifact:input_type -> polykit.cache.v1.GetArtifactRequest
+	9,  // 33: polykit.cache.v1.ArtifactService.StatArtifact:input_type -> polykit.cache.v1.StatArtifactRequest
+	11, // 34: polykit.cache.v1.ArtifactService.ListArtifactFiles:input_type -> polykit.cache.v1.ListArtifactFilesRequest
+	15, // 35: polykit.cache.v1.ArtifactService.ListArtifacts:input_type -> polykit.cache.v1.ListArtifactsRequest
+	17, // 36: polykit.cache.v1.ArtifactService.DeleteArtifact:input_type -> polykit.cache.v1.DeleteArtifactRequest
+	19, // 37: polykit.cache.v1.ArtifactService.DeleteArtifacts:input_type -> polykit.cache.v1.DeleteArtifactsRequest
+	22, // 38: polykit.cache.v1.ArtifactService.FindMissingArtifacts:input_type -> polykit.cache.v1.FindMissingArtifactsRequest
+	24, // 39: polykit.cache.v1.ArtifactService.PinArtifact:input_type -> polykit.cache.v1.PinArtifactRequest
+	26, // 40: polykit.cache.v1.ArtifactService.UnpinArtifact:input_type -> polykit.cache.v1.UnpinArtifactRequest
+	28, // 41: polykit.cache.v1.ArtifactService.GetCacheStats:input_type -> polykit.cache.v1.GetCacheStatsRequest
+	35, // 42: polykit.cache.v1.ArtifactService.CollectGarbage:input_type -> polykit.cache.v1.CollectGarbageRequest
+	38, // 43: polykit.cache.v1.ArtifactService.ListQuarantine:input_type -> polykit.cache.v1.ListQuarantineRequest
+	6,  // 44: polykit.cache.v1.ArtifactService.PutArtifact:output_type -> polykit.cache.v1.PutArtifactResponse
+	8,  // 45: polykit.cache.v1.ArtifactService.GetArtifact:output_type -> polykit.cache.v1.GetArtifactResponse
+	10, // 46: polykit.cache.v1.ArtifactService.StatArtifact:output_type -> polykit.cache.v1.StatArtifactResponse
+	12, // 47: polykit.cache.v1.ArtifactService.ListArtifactFiles:output_type -> polykit.cache.v1.ListArtifactFilesResponse
+	16, // 48: polykit.cache.v1.ArtifactService.ListArtifacts:output_type -> polykit.cache.v1.ListArtifactsResponse
+	18, // 49: polykit.cache.v1.ArtifactService.DeleteArtifact:output_type -> polykit.cache.v1.DeleteArtifactResponse
+	20, // 50: polykit.cache.v1.ArtifactService.DeleteArtifacts:output_type -> polykit.cache.v1.DeleteArtifactsResponse
+	23, // 51: polykit.cache.v1.ArtifactService.FindMissingArtifacts:output_type -> polykit.cache.v1.FindMissingArtifactsResponse
+	25, // 52: polykit.cache.v1.ArtifactService.PinArtifact:output_type -> polykit.cache.v1.PinArtifactResponse
+	27, // 53: polykit.cache.v1.ArtifactService.UnpinArtifact:output_type -> polykit.cache.v1.UnpinArtifactResponse
+	29, // 54: polykit.cache.v1.ArtifactService.GetCacheStats:output_type -> polykit.cache.v1.GetCacheStatsResponse
+	36, // 55: polykit.cache.v1.ArtifactService.CollectGarbage:output_type -> polykit.cache.v1.CollectGarbageResponse
+	39, // 56: polykit.cache.v1.ArtifactService.ListQuarantine:output_type -> polykit.cache.v1.ListQuarantineResponse
+	44, // [44:57] is the sub-list for method output_type
+	31, // [31:44] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_polykit_cache_v1_artifact_service_proto_init() }
@@ -914,18 +3022,21 @@ func file_polykit_cache_v1_artifact_service_proto_init() {
 		(*GetArtifactResponse_Artifact)(nil),
 		(*GetArtifactResponse_Chunk)(nil),
 	}
+	file_polykit_cache_v1_artifact_service_proto_msgTypes[12].OneofWrappers = []any{}
+	file_polykit_cache_v1_artifact_service_proto_msgTypes[32].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_polykit_cache_v1_artifact_service_proto_rawDesc), len(file_polykit_cache_v1_artifact_service_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   11,
+			NumEnums:      2,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_polykit_cache_v1_artifact_service_proto_goTypes,
 		DependencyIndexes: file_polykit_cache_v1_artifact_service_proto_depIdxs,
+		EnumInfos:         file_polykit_cache_v1_artifact_service_proto_enumTypes,
 		MessageInfos:      file_polykit_cache_v1_artifact_service_proto_msgTypes,
 	}.Build()
 	File_polykit_cache_v1_artifact_service_proto = out.File

@@ -17,6 +17,7 @@
 //   ALREADY_EXISTS     | ARTIFACT_EXISTS       | an artifact, once stored, never changes
 //   RESOURCE_EXHAUSTED | ARTIFACT_TOO_LARGE    | over the server's limit, which the sentence names
 //   RESOURCE_EXHAUSTED | STORAGE_FULL          | no room is left on the server's storage
+//   UNAVAILABLE        | INDEX_UNAVAILABLE     | the index can't answer now; artifacts are served all the same
 //   UNAVAILABLE        | OVERLOADED            | draining or overloaded: try again, perhaps elsewhere
 //   DEADLINE_EXCEEDED  | CLIENT_TOO_SLOW       | an upload stalled, or came slower than the server waits for
 //   DEADLINE_EXCEEDED  | DEADLINE_EXCEEDED     | the call's own deadline passed
@@ -43,10 +44,19 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ArtifactService_PutArtifact_FullMethodName       = "/polykit.cache.v1.ArtifactService/PutArtifact"
-	ArtifactService_GetArtifact_FullMethodName       = "/polykit.cache.v1.ArtifactService/GetArtifact"
-	ArtifactService_StatArtifact_FullMethodName      = "/polykit.cache.v1.ArtifactService/StatArtifact"
-	ArtifactService_ListArtifactFiles_FullMethodName = "/polykit.cache.v1.ArtifactService/ListArtifactFiles"
+	ArtifactService_PutArtifact_FullMethodName          = "/polykit.cache.v1.ArtifactService/PutArtifact"
+	ArtifactService_GetArtifact_FullMethodName          = "/polykit.cache.v1.ArtifactService/GetArtifact"
+	ArtifactService_StatArtifact_FullMethodName         = "/polykit.cache.v1.ArtifactService/StatArtifact"
+	ArtifactService_ListArtifactFiles_FullMethodName    = "/polykit.cache.v1.ArtifactService/ListArtifactFiles"
+	ArtifactService_ListArtifacts_FullMethodName        = "/polykit.cache.v1.ArtifactService/ListArtifacts"
+	ArtifactService_DeleteArtifact_FullMethodName       = "/polykit.cache.v1.ArtifactService/DeleteArtifact"
+	ArtifactService_DeleteArtifacts_FullMethodName      = "/polykit.cache.v1.ArtifactService/DeleteArtifacts"
+	ArtifactService_FindMissingArtifacts_FullMethodName = "/polykit.cache.v1.ArtifactService/FindMissingArtifacts"
+	ArtifactService_PinArtifact_FullMethodName          = "/polykit.cache.v1.ArtifactService/PinArtifact"
+	ArtifactService_UnpinArtifact_FullMethodName        = "/polykit.cache.v1.ArtifactService/UnpinArtifact"
+	ArtifactService_GetCacheStats_FullMethodName        = "/polykit.cache.v1.ArtifactService/GetCacheStats"
+	ArtifactService_CollectGarbage_FullMethodName       = "/polykit.cache.v1.ArtifactService/CollectGarbage"
+	ArtifactService_ListQuarantine_FullMethodName       = "/polykit.cache.v1.ArtifactService/ListQuarantine"
 )
 
 // ArtifactServiceClient is the client API for ArtifactService service.
@@ -85,6 +95,70 @@ type ArtifactServiceClient interface {
 	//
 	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, OVERLOADED.
 	ListArtifactFiles(ctx context.Context, in *ListArtifactFilesRequest, opts ...grpc.CallOption) (*ListArtifactFilesResponse, error)
+	// ListArtifacts lists what is stored, page by page, in one of several orders.
+	//
+	// It answers from the index, which is at most some seconds behind; after a crash, or if the index was
+	// removed, it is complete once GetCacheStats says so. What is stored or removed while somebody goes
+	// through the pages may be missing from them; everything else is in them exactly once, unless the order
+	// is by last use and it is used meanwhile.
+	//
+	// REST: GET /v1/artifacts.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	ListArtifacts(ctx context.Context, in *ListArtifactsRequest, opts ...grpc.CallOption) (*ListArtifactsResponse, error)
+	// DeleteArtifact deletes one artifact, pinned or not. Its key can be uploaded again. Downloads that have
+	// begun get all of it.
+	//
+	// REST: DELETE /v1/artifacts/{cache_key}.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	DeleteArtifact(ctx context.Context, in *DeleteArtifactRequest, opts ...grpc.CallOption) (*DeleteArtifactResponse, error)
+	// DeleteArtifacts deletes artifacts that a filter matches, at most 10,000 in one call, or says which it
+	// would delete. Pinned ones are left alone, unless the filter asks for pinned ones.
+	//
+	// REST: POST /v1/artifacts:delete.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	DeleteArtifacts(ctx context.Context, in *DeleteArtifactsRequest, opts ...grpc.CallOption) (*DeleteArtifactsResponse, error)
+	// FindMissingArtifacts says which of many keys have no artifact. Those that have one count as used now,
+	// so that they are not evicted before they are downloaded.
+	//
+	// REST: POST /v1/artifacts:findMissing.
+	//
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, OVERLOADED.
+	FindMissingArtifacts(ctx context.Context, in *FindMissingArtifactsRequest, opts ...grpc.CallOption) (*FindMissingArtifactsResponse, error)
+	// PinArtifact keeps an artifact from being evicted, whatever the retention policy says, until it is
+	// unpinned or deleted. Pinning a pinned artifact does nothing.
+	//
+	// REST: PUT /v1/artifacts/{cache_key}/pin.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	PinArtifact(ctx context.Context, in *PinArtifactRequest, opts ...grpc.CallOption) (*PinArtifactResponse, error)
+	// UnpinArtifact takes back PinArtifact. Unpinning an artifact that is not pinned does nothing.
+	//
+	// REST: DELETE /v1/artifacts/{cache_key}/pin.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	UnpinArtifact(ctx context.Context, in *UnpinArtifactRequest, opts ...grpc.CallOption) (*UnpinArtifactResponse, error)
+	// GetCacheStats says how much is stored, what for, and what it was good for.
+	//
+	// REST: GET /v1/stats.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	GetCacheStats(ctx context.Context, in *GetCacheStatsRequest, opts ...grpc.CallOption) (*GetCacheStatsResponse, error)
+	// CollectGarbage removes what the retention policy does not keep, now and at most 10,000 artifacts in one
+	// call, or says what it would remove and why. The server does so by itself as well.
+	//
+	// REST: POST /v1/artifacts:collectGarbage.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	CollectGarbage(ctx context.Context, in *CollectGarbageRequest, opts ...grpc.CallOption) (*CollectGarbageResponse, error)
+	// ListQuarantine lists what was found damaged and moved out of the way, the newest first.
+	//
+	// REST: GET /v1/quarantine.
+	//
+	// Errors: INVALID_REQUEST, OVERLOADED.
+	ListQuarantine(ctx context.Context, in *ListQuarantineRequest, opts ...grpc.CallOption) (*ListQuarantineResponse, error)
 }
 
 type artifactServiceClient struct {
@@ -147,6 +221,96 @@ func (c *artifactServiceClient) ListArtifactFiles(ctx context.Context, in *ListA
 	return out, nil
 }
 
+func (c *artifactServiceClient) ListArtifacts(ctx context.Context, in *ListArtifactsRequest, opts ...grpc.CallOption) (*ListArtifactsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListArtifactsResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_ListArtifacts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) DeleteArtifact(ctx context.Context, in *DeleteArtifactRequest, opts ...grpc.CallOption) (*DeleteArtifactResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteArtifactResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_DeleteArtifact_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) DeleteArtifacts(ctx context.Context, in *DeleteArtifactsRequest, opts ...grpc.CallOption) (*DeleteArtifactsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteArtifactsResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_DeleteArtifacts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) FindMissingArtifacts(ctx context.Context, in *FindMissingArtifactsRequest, opts ...grpc.CallOption) (*FindMissingArtifactsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FindMissingArtifactsResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_FindMissingArtifacts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) PinArtifact(ctx context.Context, in *PinArtifactRequest, opts ...grpc.CallOption) (*PinArtifactResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PinArtifactResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_PinArtifact_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) UnpinArtifact(ctx context.Context, in *UnpinArtifactRequest, opts ...grpc.CallOption) (*UnpinArtifactResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnpinArtifactResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_UnpinArtifact_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) GetCacheStats(ctx context.Context, in *GetCacheStatsRequest, opts ...grpc.CallOption) (*GetCacheStatsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetCacheStatsResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_GetCacheStats_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) CollectGarbage(ctx context.Context, in *CollectGarbageRequest, opts ...grpc.CallOption) (*CollectGarbageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CollectGarbageResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_CollectGarbage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *artifactServiceClient) ListQuarantine(ctx context.Context, in *ListQuarantineRequest, opts ...grpc.CallOption) (*ListQuarantineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListQuarantineResponse)
+	err := c.cc.Invoke(ctx, ArtifactService_ListQuarantine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ArtifactServiceServer is the server API for ArtifactService service.
 // All implementations must embed UnimplementedArtifactServiceServer
 // for forward compatibility.
@@ -183,6 +347,70 @@ type ArtifactServiceServer interface {
 	//
 	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, ARTIFACT_NOT_FOUND, OVERLOADED.
 	ListArtifactFiles(context.Context, *ListArtifactFilesRequest) (*ListArtifactFilesResponse, error)
+	// ListArtifacts lists what is stored, page by page, in one of several orders.
+	//
+	// It answers from the index, which is at most some seconds behind; after a crash, or if the index was
+	// removed, it is complete once GetCacheStats says so. What is stored or removed while somebody goes
+	// through the pages may be missing from them; everything else is in them exactly once, unless the order
+	// is by last use and it is used meanwhile.
+	//
+	// REST: GET /v1/artifacts.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	ListArtifacts(context.Context, *ListArtifactsRequest) (*ListArtifactsResponse, error)
+	// DeleteArtifact deletes one artifact, pinned or not. Its key can be uploaded again. Downloads that have
+	// begun get all of it.
+	//
+	// REST: DELETE /v1/artifacts/{cache_key}.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	DeleteArtifact(context.Context, *DeleteArtifactRequest) (*DeleteArtifactResponse, error)
+	// DeleteArtifacts deletes artifacts that a filter matches, at most 10,000 in one call, or says which it
+	// would delete. Pinned ones are left alone, unless the filter asks for pinned ones.
+	//
+	// REST: POST /v1/artifacts:delete.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	DeleteArtifacts(context.Context, *DeleteArtifactsRequest) (*DeleteArtifactsResponse, error)
+	// FindMissingArtifacts says which of many keys have no artifact. Those that have one count as used now,
+	// so that they are not evicted before they are downloaded.
+	//
+	// REST: POST /v1/artifacts:findMissing.
+	//
+	// Errors: INVALID_CACHE_KEY, INVALID_REQUEST, OVERLOADED.
+	FindMissingArtifacts(context.Context, *FindMissingArtifactsRequest) (*FindMissingArtifactsResponse, error)
+	// PinArtifact keeps an artifact from being evicted, whatever the retention policy says, until it is
+	// unpinned or deleted. Pinning a pinned artifact does nothing.
+	//
+	// REST: PUT /v1/artifacts/{cache_key}/pin.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	PinArtifact(context.Context, *PinArtifactRequest) (*PinArtifactResponse, error)
+	// UnpinArtifact takes back PinArtifact. Unpinning an artifact that is not pinned does nothing.
+	//
+	// REST: DELETE /v1/artifacts/{cache_key}/pin.
+	//
+	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
+	UnpinArtifact(context.Context, *UnpinArtifactRequest) (*UnpinArtifactResponse, error)
+	// GetCacheStats says how much is stored, what for, and what it was good for.
+	//
+	// REST: GET /v1/stats.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	GetCacheStats(context.Context, *GetCacheStatsRequest) (*GetCacheStatsResponse, error)
+	// CollectGarbage removes what the retention policy does not keep, now and at most 10,000 artifacts in one
+	// call, or says what it would remove and why. The server does so by itself as well.
+	//
+	// REST: POST /v1/artifacts:collectGarbage.
+	//
+	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
+	CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error)
+	// ListQuarantine lists what was found damaged and moved out of the way, the newest first.
+	//
+	// REST: GET /v1/quarantine.
+	//
+	// Errors: INVALID_REQUEST, OVERLOADED.
+	ListQuarantine(context.Context, *ListQuarantineRequest) (*ListQuarantineResponse, error)
 	mustEmbedUnimplementedArtifactServiceServer()
 }
 
@@ -204,6 +432,33 @@ func (UnimplementedArtifactServiceServer) StatArtifact(context.Context, *StatArt
 }
 func (UnimplementedArtifactServiceServer) ListArtifactFiles(context.Context, *ListArtifactFilesRequest) (*ListArtifactFilesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListArtifactFiles not implemented")
+}
+func (UnimplementedArtifactServiceServer) ListArtifacts(context.Context, *ListArtifactsRequest) (*ListArtifactsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListArtifacts not implemented")
+}
+func (UnimplementedArtifactServiceServer) DeleteArtifact(context.Context, *DeleteArtifactRequest) (*DeleteArtifactResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteArtifact not implemented")
+}
+func (UnimplementedArtifactServiceServer) DeleteArtifacts(context.Context, *DeleteArtifactsRequest) (*DeleteArtifactsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteArtifacts not implemented")
+}
+func (UnimplementedArtifactServiceServer) FindMissingArtifacts(context.Context, *FindMissingArtifactsRequest) (*FindMissingArtifactsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FindMissingArtifacts not implemented")
+}
+func (UnimplementedArtifactServiceServer) PinArtifact(context.Context, *PinArtifactRequest) (*PinArtifactResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PinArtifact not implemented")
+}
+func (UnimplementedArtifactServiceServer) UnpinArtifact(context.Context, *UnpinArtifactRequest) (*UnpinArtifactResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnpinArtifact not implemented")
+}
+func (UnimplementedArtifactServiceServer) GetCacheStats(context.Context, *GetCacheStatsRequest) (*GetCacheStatsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetCacheStats not implemented")
+}
+func (UnimplementedArtifactServiceServer) CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CollectGarbage not implemented")
+}
+func (UnimplementedArtifactServiceServer) ListQuarantine(context.Context, *ListQuarantineRequest) (*ListQuarantineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListQuarantine not implemented")
 }
 func (UnimplementedArtifactServiceServer) mustEmbedUnimplementedArtifactServiceServer() {}
 func (UnimplementedArtifactServiceServer) testEmbeddedByValue()                         {}
@@ -280,6 +535,168 @@ func _ArtifactService_ListArtifactFiles_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ArtifactService_ListArtifacts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListArtifactsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).ListArtifacts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_ListArtifacts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).ListArtifacts(ctx, req.(*ListArtifactsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_DeleteArtifact_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteArtifactRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).DeleteArtifact(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_DeleteArtifact_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).DeleteArtifact(ctx, req.(*DeleteArtifactRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_DeleteArtifacts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteArtifactsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).DeleteArtifacts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_DeleteArtifacts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).DeleteArtifacts(ctx, req.(*DeleteArtifactsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_FindMissingArtifacts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FindMissingArtifactsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).FindMissingArtifacts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_FindMissingArtifacts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).FindMissingArtifacts(ctx, req.(*FindMissingArtifactsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_PinArtifact_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PinArtifactRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).PinArtifact(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_PinArtifact_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).PinArtifact(ctx, req.(*PinArtifactRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_UnpinArtifact_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnpinArtifactRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).UnpinArtifact(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_UnpinArtifact_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).UnpinArtifact(ctx, req.(*UnpinArtifactRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_GetCacheStats_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetCacheStatsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).GetCacheStats(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_GetCacheStats_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).GetCacheStats(ctx, req.(*GetCacheStatsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_CollectGarbage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CollectGarbageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).CollectGarbage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_CollectGarbage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).CollectGarbage(ctx, req.(*CollectGarbageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ArtifactService_ListQuarantine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListQuarantineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ArtifactServiceServer).ListQuarantine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ArtifactService_ListQuarantine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ArtifactServiceServer).ListQuarantine(ctx, req.(*ListQuarantineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ArtifactService_ServiceDesc is the grpc.ServiceDesc for ArtifactService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -294,6 +711,42 @@ var ArtifactService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListArtifactFiles",
 			Handler:    _ArtifactService_ListArtifactFiles_Handler,
+		},
+		{
+			MethodName: "ListArtifacts",
+			Handler:    _ArtifactService_ListArtifacts_Handler,
+		},
+		{
+			MethodName: "DeleteArtifact",
+			Handler:    _ArtifactService_DeleteArtifact_Handler,
+		},
+		{
+			MethodName: "DeleteArtifacts",
+			Handler:    _ArtifactService_DeleteArtifacts_Handler,
+		},
+		{
+			MethodName: "FindMissingArtifacts",
+			Handler:    _ArtifactService_FindMissingArtifacts_Handler,
+		},
+		{
+			MethodName: "PinArtifact",
+			Handler:    _ArtifactService_PinArtifact_Handler,
+		},
+		{
+			MethodName: "UnpinArtifact",
+			Handler:    _ArtifactService_UnpinArtifact_Handler,
+		},
+		{
+			MethodName: "GetCacheStats",
+			Handler:    _ArtifactService_GetCacheStats_Handler,
+		},
+		{
+			MethodName: "CollectGarbage",
+			Handler:    _ArtifactService_CollectGarbage_Handler,
+		},
+		{
+			MethodName: "ListQuarantine",
+			Handler:    _ArtifactService_ListQuarantine_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
