@@ -51,7 +51,7 @@ type (
 	File     = cachev1.ArtifactFile
 )
 
-// JSON returns an Artifact or a File on one line, as the REST API writes it.
+// JSON returns what a server said, such as an Artifact or a File, on one line, as the REST API writes it.
 func JSON(message proto.Message) ([]byte, error) {
 	text, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(message)
 	if err != nil {
@@ -179,21 +179,22 @@ func oneLine(text string) string {
 	}, strings.TrimSpace(text))
 }
 
-// files yields the files of all pages.
-func files(page func(token string) (*cachev1.ListArtifactFilesResponse, error)) iter.Seq2[*File, error] {
-	return func(yield func(*File, error) bool) {
+// pages yields the entries of all pages. page returns those of one, and the token of the next, if there is one.
+func pages[T any](page func(token string) (entries []T, next string, err error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
 		for token := ""; ; {
-			response, err := page(token)
+			entries, next, err := page(token)
 			if err != nil {
-				yield(nil, err)
+				var none T
+				yield(none, err)
 				return
 			}
-			for _, file := range response.GetFiles() {
-				if !yield(file, nil) {
+			for _, entry := range entries {
+				if !yield(entry, nil) {
 					return
 				}
 			}
-			if token = response.GetNextPageToken(); token == "" {
+			if token = next; token == "" {
 				return
 			}
 		}

@@ -238,30 +238,33 @@ func (b *chunks) Close() error {
 
 // Stat returns what the server knows of an artifact.
 func (c *GRPC) Stat(ctx context.Context, key artifact.Key) (*Artifact, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, c.silent())
-	defer cancel()
-	response, err := c.artifacts.StatArtifact(ctx, &cachev1.StatArtifactRequest{CacheKey: key.String()})
-	if err != nil {
-		return nil, c.fault(ctx, err)
-	}
-	return response.GetArtifact(), nil
+	response, err := call(ctx, c, c.artifacts.StatArtifact, &cachev1.StatArtifactRequest{CacheKey: key.String()})
+	return response.GetArtifact(), err
 }
 
 // Files yields the files in an artifact, in ascending order of the bytes of their paths.
 func (c *GRPC) Files(ctx context.Context, key artifact.Key) iter.Seq2[*File, error] {
-	return files(func(token string) (*cachev1.ListArtifactFilesResponse, error) {
-		ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, c.silent())
-		defer cancel()
-		response, err := c.artifacts.ListArtifactFiles(ctx, &cachev1.ListArtifactFilesRequest{
+	return pages(func(token string) ([]*File, string, error) {
+		page, err := call(ctx, c, c.artifacts.ListArtifactFiles, &cachev1.ListArtifactFilesRequest{
 			CacheKey:  key.String(),
 			PageSize:  filesPageSize,
 			PageToken: token,
 		})
-		if err != nil {
-			return nil, c.fault(ctx, err)
-		}
-		return response, nil
+		return page.GetFiles(), page.GetNextPageToken(), err
 	})
+}
+
+// call calls a method that is no stream. With an error it returns nil.
+func call[Request, Response any](
+	ctx context.Context, c *GRPC, method func(context.Context, *Request, ...grpc.CallOption) (*Response, error), request *Request,
+) (*Response, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, c.silent())
+	defer cancel()
+	response, err := method(ctx, request)
+	if err != nil {
+		return nil, c.fault(ctx, err)
+	}
+	return response, nil
 }
 
 // Ready returns an error that says why, if the server can't take uploads. Over gRPC the server says

@@ -151,11 +151,12 @@ func (c *REST) Stat(ctx context.Context, key artifact.Key) (*Artifact, error) {
 
 // Files yields the files in an artifact, in ascending order of the bytes of their paths.
 func (c *REST) Files(ctx context.Context, key artifact.Key) iter.Seq2[*File, error] {
-	return files(func(token string) (*cachev1.ListArtifactFilesResponse, error) {
+	return pages(func(token string) ([]*File, string, error) {
 		request := c.request(ctx, http.MethodGet, "v1", "artifacts", key.String(), "files")
 		request.URL.RawQuery = url.Values{"page_size": {strconv.Itoa(filesPageSize)}, "page_token": {token}}.Encode()
 		page := &cachev1.ListArtifactFilesResponse{}
-		return page, c.read(request, page)
+		err := c.read(request, page)
+		return page.GetFiles(), page.GetNextPageToken(), err
 	})
 }
 
