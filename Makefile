@@ -37,6 +37,10 @@ torture: ## Kill a busy server 500 times (or KILLS=n) and check what is left eac
 soak: ## Abort 100,000 uploads and downloads, and look for what the server does not give back
 	POLYKIT_CACHE_SOAK=100000 go test -count=1 -timeout=2h -v -run='^TestSoak$$' ./cmd/polykit-cache
 
+.PHONY: fill
+fill: ## Fill a cache with 100,000 artifacts (or ARTIFACTS=n) past its limit, kill it, and compare index and directory
+	POLYKIT_CACHE_TEST_FILL=$(or $(ARTIFACTS),100000) go test -run='^TestFill$$' -count=1 -timeout=0 -v ./cmd/polykit-cache
+
 .PHONY: slow
 slow: ## Measure what 5,000 slow clients (or CLIENTS=n) cost others; takes some 2 minutes
 	POLYKIT_CACHE_TEST_SLOW_CLIENTS=$(or $(CLIENTS),5000) go test -run='^TestSlowClients$$' -count=1 -timeout=0 -v ./cmd/polykit-cache

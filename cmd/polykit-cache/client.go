@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,12 +11,15 @@ import (
 	"iter"
 	"strconv"
 	"strings"
+	"text/tabwriter"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/client"
@@ -24,6 +29,7 @@ import (
 func clientCommands() []*cobra.Command {
 	commands := []*cobra.Command{
 		putCommand(), getCommand(), statCommand(), filesCommand(), packCommand(), healthcheckCommand(), benchCommand(),
+		listCommand(), deleteCommand(), missingCommand(), statsCommand(), pinCommand(), unpinCommand(), quarantineCommand(), gcCommand(),
 	}
 	for _, cmd := range commands {
 		cmd.Flags().SortFlags = false
@@ -37,6 +43,15 @@ type remote interface {
 	Get(ctx context.Context, key artifact.Key, offset int64, hash artifact.Digest) (*client.Download, error)
 	Stat(ctx context.Context, key artifact.Key) (*client.Artifact, error)
 	Files(ctx context.Context, key artifact.Key) iter.Seq2[*client.File, error]
+	List(ctx context.Context, request *client.ListRequest) iter.Seq2[*client.Stored, error]
+	Delete(ctx context.Context, key artifact.Key) error
+	DeleteMatching(ctx context.Context, request *client.DeleteRequest) (*client.Deleted, error)
+	Missing(ctx context.Context, keys []artifact.Key) ([]string, error)
+	Pin(ctx context.Context, key artifact.Key) error
+	Unpin(ctx context.Context, key artifact.Key) error
+	Stats(ctx context.Context, maxTasks int) (*client.Stats, error)
+	CollectGarbage(ctx context.Context, request *client.CollectRequest) (*client.Collected, error)
+	Quarantine(ctx context.Context) iter.Seq2[*client.Quarantined, error]
 	Ready(ctx context.Context) error
 	Close() error
 }
@@ -84,6 +99,13 @@ func (r *remoteFlags) connectFor(digits string) (remote, artifact.Key, error) {
 	return server, key, err
 }
 
+// completeChoices lets a shell complete the value of a flag that is one of a few words.
+func completeChoices(cmd *cobra.Command, flag string, choices []string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // there is no such flag
+	}
+}
+
 // parseKey returns the key that an argument or a flag names.
 func parseKey(text string) (artifact.Key, error) {
 	key, err := artifact.ParseKey(text)
@@ -101,10 +123,37 @@ func explain(key artifact.Key, err error) error {
 		return &exitError{exitMiss, fmt.Errorf("the server has no artifact under %s", key)}
 	case errors.Is(err, client.ErrExists):
 		return &exitError{exitExists, fmt.Errorf("the server has an artifact under %s already, and an artifact never changes once it is stored", key)}
-	case errors.Is(err, context.Canceled):
+	}
+	return interrupted(err)
+}
+
+// interrupted is explain for a command that is about no key.
+func interrupted(err error) error {
+	if errors.Is(err, context.Canceled) {
 		return errors.New("interrupted")
 	}
 	return err
+}
+
+// unlessDone returns what read returns, or the error of ctx if that is done first. read may go on then: nothing
+// ends a read of a terminal.
+func unlessDone[T any](ctx context.Context, read func() (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := read()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
 }
 
 // result is what a command did, for --json. Its members are called as in the REST API.
@@ -122,8 +171,47 @@ func (r result) print(w io.Writer) error {
 	return encoder.Encode(r)
 }
 
+// printLine prints what a server said as JSON, on a line.
+func printLine(w io.Writer, message proto.Message) error {
+	line, err := client.JSON(message)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s\n", line)
+	return err
+}
+
+// printLines prints each message on a line, up to an error.
+func printLines[M proto.Message](w io.Writer, messages iter.Seq2[M, error]) error {
+	out := bufio.NewWriter(w)
+	for message, err := range messages {
+		if err == nil {
+			err = printLine(out, message)
+		}
+		if err != nil {
+			out.Flush()
+			return err
+		}
+	}
+	return out.Flush()
+}
+
+// newTable returns a table of cells that end with a tab, but for the last in a row.
+func newTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
+
 // formatSize returns a number of bytes as people read it.
 func formatSize[N int | int64](n N) string { return humanize.IBytes(uint64(max(n, 0))) }
+
+// formatAge returns how long ago something was, as people read it, or "-" if that is not known.
+func formatAge(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return "-"
+	}
+	return humanize.Time(t.AsTime())
+}
+
+// orDash is printable of what may not be known.
+func orDash(text string) string { return cmp.Or(printable(text), "-") }
 
 // printable returns text that somebody else wrote, without what a terminal might obey.
 func printable(text string) string {

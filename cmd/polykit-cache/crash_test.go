@@ -43,7 +43,8 @@ const (
 //
 //   - what was acknowledged, or seen once, is there byte for byte, in all later lives too;
 //   - what was not is there as a whole, or is a miss and can be uploaded;
-//   - nothing is left in tmp/ after the start, nothing was set aside, and every memo fits.
+//   - nothing is left in tmp/ after the start, nothing was set aside, and every memo fits;
+//   - the index becomes complete, and says what is in the directory; after an end in good order it is at once.
 //
 // The system keeps what a killed process wrote, so this says nothing about power cuts: a missing fsync
 // goes unseen.
@@ -60,11 +61,11 @@ func TestCrash(t *testing.T) {
 			c.killAtStart()
 		case 3:
 			c.spoilMemos()
-			c.life(syscall.SIGKILL, c.use)
+			c.life(syscall.SIGKILL, c.use) // while the index is reconciled
 		case 5:
-			c.life(syscall.SIGTERM, c.check, c.use)
+			c.life(syscall.SIGTERM, c.check, c.compare, c.use)
 		default:
-			c.life(syscall.SIGKILL, c.check, c.use)
+			c.life(syscall.SIGKILL, c.check, c.compare, c.use)
 		}
 		c.failIfViolated(t, fmt.Sprintf("round %d", round))
 		if round%100 == 99 {
@@ -73,8 +74,9 @@ func TestCrash(t *testing.T) {
 	}
 	c.sampled = false
 	c.inspect()
-	c.life(syscall.SIGTERM, c.check)
+	c.life(syscall.SIGTERM, c.check, c.compare)
 	c.inspect()
+	c.life(syscall.SIGTERM, c.compare)
 	c.failIfViolated(t, "the end")
 	t.Logf("%d kills in %v, no violation:\n%s", c.kills, time.Since(began).Round(time.Second), c.report())
 	if n := c.counts["upload: 201"]; n < c.lives {
@@ -106,6 +108,7 @@ type crash struct {
 	checked int          // of the ledger's keys
 	lives   int
 	kills   uint64
+	orderly bool // the last server ended in good order
 
 	server  *process // the last one
 	session *session
@@ -161,18 +164,23 @@ func (c *crash) spawn() *process {
 		panic(err)
 	}
 	c.lives++
+	c.orderly = false
 	c.server = p
 	return p
 }
 
 // start starts a server, and clients of it. It must have swept all that is left of uploads.
 func (c *crash) start() bool {
+	orderly := c.orderly
 	c.server = c.spawn()
 	c.server.listen()
 	if c.server.address == "" {
 		<-c.server.ended
 		c.violate("the server does not start: %v: %s", c.server.err, c.server.stderr.String())
 		return false
+	}
+	if stats, err := statistics(c.server.address); err != nil || orderly && !stats.GetIndexComplete() {
+		c.violate("after an end in good order (%t) statistics are %v, %v", orderly, stats, err)
 	}
 	c.tmpIsEmpty("after the start")
 	c.ending.Store(false)
@@ -213,6 +221,7 @@ func (c *crash) end(signal syscall.Signal) {
 		c.violate("the server did not end in good order: %v", c.server.err)
 	}
 	c.tmpIsEmpty("after an end in good order")
+	c.orderly = true
 }
 
 // wellBehaved checks what the server said until its end.
@@ -429,6 +438,14 @@ func (c *crash) checkKey(key artifact.Key, random *mathrand.Rand) {
 	if put := again(func(way way) int { return c.session.put(way, key, data, random.IntN(2) == 0) }); put != http.StatusCreated {
 		c.violate("%s: was a miss, but an upload was answered with %d", key, put)
 	}
+}
+
+// compare compares the index with the directory, when it is complete.
+func (c *crash) compare() {
+	if err := agrees(c.server.address, c.dir); err != nil {
+		c.violate("the index is not as the directory: %v", err)
+	}
+	c.count("comparisons of the index with the directory")
 }
 
 // inspect checks the directory while no server runs: all artifacts are whole, with memos that fit.

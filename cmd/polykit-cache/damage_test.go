@@ -535,6 +535,10 @@ func TestDamagedStore(t *testing.T) {
 			halve(t, first)
 			get.wantStatus(t, u.url, first, 404, "before the damage") // so that there is a quarantine
 			halve(t, damaged)
+			// While the index is reconciled it makes its directory again at once, and then once a second.
+			if _, err := completes(strings.TrimPrefix(u.url, "http://")); err != nil {
+				t.Fatal(err)
+			}
 			d.do(t, u.dir)
 
 			get.wantStatus(t, u.url, damaged, 404, "first")

@@ -1,15 +1,12 @@
 package main
 
 import (
-	"bufio"
-	"context"
 	"fmt"
 	"io"
-	"text/tabwriter"
+	"iter"
 
 	"github.com/spf13/cobra"
 
-	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/client"
 )
 
@@ -41,38 +38,22 @@ func filesCommand() *cobra.Command {
 			defer server.Close()
 			print := printFiles
 			if flags.json {
-				print = printFilesJSON
+				print = printLines
 			}
-			return explain(key, print(cmd.Context(), cmd.OutOrStdout(), server, key))
+			return explain(key, print(cmd.OutOrStdout(), server.Files(cmd.Context(), key)))
 		},
 	}
 	flags.add(cmd.Flags())
 	return cmd
 }
 
-func printFiles(ctx context.Context, w io.Writer, server remote, key artifact.Key) error {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	for file, err := range server.Files(ctx, key) {
+func printFiles(w io.Writer, files iter.Seq2[*client.File, error]) error {
+	table := newTable(w)
+	for file, err := range files {
 		if err != nil {
 			return err
 		}
 		fmt.Fprintf(table, "%s\t%d\t%s\n", printable(file.GetPath()), file.GetSize(), printable(file.GetHash()))
 	}
 	return table.Flush()
-}
-
-func printFilesJSON(ctx context.Context, w io.Writer, server remote, key artifact.Key) error {
-	out := bufio.NewWriter(w)
-	for file, err := range server.Files(ctx, key) {
-		if err != nil {
-			out.Flush()
-			return err
-		}
-		line, err := client.JSON(file)
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(out, "%s\n", line)
-	}
-	return out.Flush()
 }

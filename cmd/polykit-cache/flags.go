@@ -27,7 +27,17 @@ func environmentName(flag string) string {
 }
 
 // hasEnvironment says whether a flag can be set in the environment.
-func hasEnvironment(f *pflag.Flag) bool { return f.Name != "help" && f.Name != "version" }
+func hasEnvironment(f *pflag.Flag) bool {
+	_, never := f.Annotations[onlyGiven]
+	return f.Name != "help" && f.Name != "version" && !never
+}
+
+// onlyGiven marks a flag that is not read from the environment.
+const onlyGiven = "only-given"
+
+// notFromEnvironment marks a flag that must be given on the command line: one that would be dangerous, or mean
+// something else, where it is not in sight.
+func notFromEnvironment(f *pflag.Flag) { f.Annotations = map[string][]string{onlyGiven: nil} }
 
 // describeEnvironment adds the environment variable of each flag to its help.
 func describeEnvironment(flags *pflag.FlagSet) {

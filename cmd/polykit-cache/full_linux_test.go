@@ -24,7 +24,7 @@ import (
 // fullVariable is set in a process that may mount a file system, to the directory to mount it on.
 const fullVariable = "POLYKIT_CACHE_TEST_FULL"
 
-// TestFull fills a file system of 4 MiB, on the real program. It runs in a process that may mount one:
+// TestFull fills a small file system, on the real program. It runs in a process that may mount one:
 // where users may make namespaces, that is any.
 func TestFull(t *testing.T) {
 	dir := os.Getenv(fullVariable)
@@ -53,33 +53,48 @@ func TestFull(t *testing.T) {
 		}
 		return
 	}
-	for name, test := range map[string]func(t *testing.T, r *faultRig){
-		"refused before the body": testFullDeclared,
-		"refused in the body":     testFullUndeclared,
-		"several at once":         testFullSeveral,
-		"filled meanwhile":        testFullMeanwhile,
-		"full":                    testFull,
-		"no inodes":               testFullInodes,
+	const small, large = "size=4m,nr_inodes=64", "size=16m"
+	for name, test := range map[string]struct {
+		mount string   // its options
+		flags []string // of the server; without any it does not evict
+		run   func(t *testing.T, r *faultRig)
+	}{
+		"refused before the body": {small, nil, testFullDeclared},
+		"refused in the body":     {small, nil, testFullUndeclared},
+		"several at once":         {small, nil, testFullSeveral},
+		"filled meanwhile":        {small, nil, testFullMeanwhile},
+		"full":                    {small, nil, testFull},
+		"no inodes":               {small, nil, testFullInodes},
+		// The index counts for 2 MiB at least. The default of --min-free is a twentieth.
+		"max-storage":          {large, []string{"--max-storage=12MiB"}, testEvicted(func(t *testing.T, r *faultRig) { r.usesAtMost(t, 12*mebi) })},
+		"min-free":             {large, []string{"--max-storage=0"}, testEvicted(func(t *testing.T, r *faultRig) { r.leavesFree(t, 16*mebi/20) })},
+		"no room, max-storage": {large, []string{"--max-storage=12MiB"}, testNeverRoom(12 * mebi)},
+		"no room, min-free":    {large, []string{"--max-storage=0"}, testNeverRoom(16 * mebi / 20 * 19)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root := filepath.Join(dir, strings.ReplaceAll(name, " ", "-"))
 			if err := os.Mkdir(root, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			if err := syscall.Mount("tmpfs", root, "tmpfs", 0, "size=4m,nr_inodes=64"); err != nil {
+			if err := syscall.Mount("tmpfs", root, "tmpfs", 0, test.mount); err != nil {
 				skip(t, "mount: %v", err)
 			}
 			r := &faultRig{root: root, dir: root, data: several}
-			r.traced = start(t, r.dir)
+			r.traced = start(t, r.dir, test.flags...)
 			control := r.newKey(t)
 			is(t, "PUT", r.put(control), "201")
-			test(t, r)
-			is(t, "GET of what was there", r.get(control), "200")
+			test.run(t, r)
+			if test.flags == nil {
+				is(t, "GET of what was there", r.get(control), "200")
+			}
 			if open := r.openBelow(t, r.dir); len(open) != 1 {
 				t.Errorf("open files: %q", open)
 			}
 			is(t, "the end", r.stop(), "exit 0")
-			r.traced = start(t, r.dir)
+			r.traced = start(t, r.dir, test.flags...)
+			if test.flags != nil {
+				r.evicted(t)
+			}
 			r.audit(t)
 			is(t, "the end", r.stop(), "exit 0")
 		})
@@ -181,14 +196,16 @@ func testFullUndeclared(t *testing.T, r *faultRig) {
 	r.emptyBut(t)
 }
 
-// emptyBut removes what is stored under other keys than r's.
+// emptyBut deletes what is stored under other keys than r's.
 func (r *faultRig) emptyBut(t *testing.T) {
 	t.Helper()
-	for _, name := range r.list(t, ".") {
-		if len(name) == 2 && !slices.ContainsFunc(r.keys, func(key artifact.Key) bool { return strings.HasPrefix(key.String(), name) }) {
-			if err := os.RemoveAll(r.path(name)); err != nil {
-				t.Error(err)
-			}
+	files, err := filesIn(r.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key := range files {
+		if !slices.Contains(r.keys, key) {
+			is(t, "DELETE", r.request(http.MethodDelete, "/v1/artifacts/"+key.String(), 0, nil, nil), "200")
 		}
 	}
 }
@@ -344,5 +361,125 @@ func testFullInodes(t *testing.T, r *faultRig) {
 		r.emptyBut(t)
 		is(t, "PUT when there is room", r.put(key), "201")
 		return
+	}
+}
+
+// statfs returns how many bytes of the file system are used, and how many are free.
+func (r *faultRig) statfs(t *testing.T) (used, free int64) {
+	t.Helper()
+	var stat syscall.Statfs_t
+	if err := syscall.Statfs(r.dir, &stat); err != nil {
+		t.Fatal(err)
+	}
+	return int64(stat.Blocks-stat.Bfree) * stat.Bsize, int64(stat.Bavail) * stat.Bsize
+}
+
+// usesAtMost checks that everything takes no more than a limit.
+func (r *faultRig) usesAtMost(t *testing.T, limit int64) {
+	t.Helper()
+	if used, _ := r.statfs(t); used > limit {
+		t.Errorf("%d bytes are used; want at most %d", used, limit)
+	}
+}
+
+// leavesFree checks that so much is free, but for what the index has written since the last upload.
+func (r *faultRig) leavesFree(t *testing.T, least int64) {
+	t.Helper()
+	if _, free := r.statfs(t); free < least-256<<10 {
+		t.Errorf("%d bytes are free; want about %d", free, least)
+	}
+}
+
+// testEvicted uploads more than there is room for, one after the other and several at once: all are stored, and
+// what was used last is kept, and what is pinned.
+func testEvicted(within func(*testing.T, *faultRig)) func(*testing.T, *faultRig) {
+	return func(t *testing.T, r *faultRig) {
+		const size, kept = 1_000_000, 5
+		r.sized(size)
+		pinned := r.newKey(t)
+		is(t, "PUT", r.put(pinned), "201")
+		is(t, "PUT of the pin", r.request(http.MethodPut, "/v1/artifacts/"+pinned.String()+"/pin", 0, nil, nil), "200")
+		for range 6 {
+			for declared, puts := range puts {
+				for name, put := range puts {
+					key := r.newKey(t)
+					is(t, fmt.Sprint(name, ", declared: ", declared), put(r, key), "201")
+					within(t, r)
+					is(t, "GET of the first", r.get(r.keys[0]), "200") // which keeps it
+				}
+			}
+		}
+		last := slices.Clone(r.keys[len(r.keys)-kept:])
+		for _, key := range last {
+			is(t, "GET of the last", r.get(key), "200")
+		}
+		is(t, "GET of the first", r.get(r.keys[0]), "200")
+		is(t, "GET of the first that was not used", r.get(r.keys[2]), "404")
+
+		var uploading sync.WaitGroup
+		for _, puts := range puts {
+			for _, put := range puts {
+				key := r.newKey(t)
+				uploading.Go(func() { is(t, "PUT at once with others", put(r, key), "201") })
+			}
+		}
+		uploading.Wait()
+		within(t, r)
+		is(t, "GET of what is pinned", r.get(pinned), "200")
+		is(t, "GET of the first", r.get(r.keys[0]), "200")
+		if files := r.list(t, "tmp"); len(files) != 0 {
+			t.Errorf("in tmp/: %q", files)
+		}
+	}
+}
+
+// testNeverRoom uploads what can never have room beside what the server needs itself, where all that may be used
+// is a number of bytes: it is refused before its body, and nothing is evicted for it.
+func testNeverRoom(all int64) func(*testing.T, *faultRig) {
+	return func(t *testing.T, r *faultRig) {
+		r.sized(1_000_000)
+		for range 4 {
+			is(t, "PUT", r.put(r.newKey(t)), "201")
+		}
+		for _, size := range []int64{all - 16<<10, all, all + 1, 1 << 29} {
+			key := r.newKey(t)
+			body, send := io.Pipe() // nothing comes out of it, so that there is no answer but an early one
+			is(t, fmt.Sprint("gRPC of ", size), r.upload(key, size, body), "507")
+			send.Close()
+			r.nothing(t, key)
+			r.forget(key)
+		}
+		for _, key := range r.keys {
+			is(t, "GET of what was there", r.get(key), "200")
+		}
+		// An artifact of nearly all is stored, and takes the place of others.
+		key, others := r.newKey(t), r.data
+		r.data = func(k artifact.Key) []byte {
+			if k == key {
+				return cachetest.Random(key, int(all)-3*mebi)
+			}
+			return others(k)
+		}
+		is(t, "PUT of what has room", r.put(key), "201")
+		is(t, "GET of it", r.get(key), "200")
+	}
+}
+
+// evicted checks that what is not stored any more was evicted, which must be something, and takes it off the keys.
+func (r *faultRig) evicted(t *testing.T) {
+	t.Helper()
+	files, err := filesIn(r.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stats, err := statistics(r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uploaded := int64(len(r.keys))
+	r.keys = slices.DeleteFunc(r.keys, func(key artifact.Key) bool { return files[key] == storedFile{} })
+	gone := uploaded - int64(len(r.keys))
+	if u := stats.GetTotal().GetUsage(); gone == 0 || u.GetStoredCount() != uploaded || u.GetEvictedCount() != gone {
+		t.Errorf("of %d that were uploaded %d are gone, and statistics are %v", uploaded, gone, u)
 	}
 }

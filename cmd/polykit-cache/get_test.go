@@ -71,11 +71,18 @@ func sha(data []byte) string { return artifact.Digest(sha256.Sum256(data)).Strin
 // server must end with exit status 0.
 func startServer(t *testing.T, stored ...[]byte) string {
 	t.Helper()
+	return startServerIn(t, t.TempDir(), io.Discard, stored...)
+}
+
+// startServerIn is startServer of a server that stores in dir. What it logs is written to watch too.
+func startServerIn(t *testing.T, dir string, watch io.Writer, stored ...[]byte) string {
+	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	log, logTo := io.Pipe()
 	status := make(chan int, 1)
 	go func() {
-		status <- run(ctx, []string{"--port=0", "--storage-dir=" + t.TempDir()}, logTo, logTo)
+		to := io.MultiWriter(watch, logTo)
+		status <- run(ctx, []string{"--port=0", "--storage-dir=" + dir}, to, to)
 		logTo.Close()
 	}()
 	address, rest := readAddress(log)

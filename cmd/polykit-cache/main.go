@@ -56,6 +56,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	root.InitDefaultCompletionCmd() // not before, since it keeps what it writes to
+	explainArgs(root)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return exitOK

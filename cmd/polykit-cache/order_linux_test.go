@@ -14,7 +14,6 @@ import (
 	"testing"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
-	"github.com/polykit/polykit-cache/internal/cachetest"
 )
 
 // span is when a call began and ended, by lines of a trace. Never is 0.
@@ -31,7 +30,7 @@ func TestSyncedBeforeAcknowledged(t *testing.T) {
 		r.newKey(t)
 	}
 
-	tr := trace(t, r.traced, newNames(root, r.dir, cachetest.Key("none of these")), "-yy", "-s12", "-e", "trace=write,fsync,linkat,mkdirat")
+	tr := trace(t, r.traced, newNames(root, r.dir, artifact.Key{}), "-yy", "-s12", "-e", "trace=write,fsync,linkat,mkdirat")
 	lines := make(chan []event)
 	go func() {
 		var events []event

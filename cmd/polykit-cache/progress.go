@@ -37,11 +37,12 @@ func progressFor(cmd *cobra.Command, asJSON bool) progressFunc {
 	}
 }
 
-// progress shows how many bytes were written to it.
+// progress shows how many bytes were written to it, or how many steps were done.
 type progress struct {
 	to     io.Writer // nil if it is not shown
 	what   string
 	total  int64
+	steps  bool // it counts steps, and not bytes
 	showAt time.Time
 
 	mu      sync.Mutex // a transport may still read when an upload has ended
@@ -55,7 +56,17 @@ func (p *progress) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// add says that n more bytes are done.
+// describe says what is done now.
+func (p *progress) describe(what string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.what = what
+	if p.bar != nil && !p.stopped {
+		p.bar.Describe(what)
+	}
+}
+
+// add says that n more bytes, or steps, are done.
 func (p *progress) add(n int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -69,7 +80,7 @@ func (p *progress) add(n int64) {
 			progressbar.OptionSetWriter(p.to),
 			progressbar.OptionSetDescription(p.what),
 			progressbar.OptionShowCount(),
-			progressbar.OptionShowBytes(true),
+			progressbar.OptionShowBytes(!p.steps),
 			progressbar.OptionShowTotalBytes(true),
 			progressbar.OptionUseIECUnits(true),
 			progressbar.OptionSetWidth(20),

@@ -46,6 +46,28 @@ func TestProgressOfUnknownTotal(t *testing.T) {
 	}
 }
 
+// Steps are not shown as bytes, and what is done may change.
+func TestProgressOfSteps(t *testing.T) {
+	t.Parallel()
+	var shown bytes.Buffer
+	p := &progress{to: &shown, what: "first", total: 2048, steps: true}
+	p.describe("looking")
+	p.add(1024)
+	for _, want := range []string{"looking", "50%", "1024/2048"} {
+		if !strings.Contains(shown.String(), want) {
+			t.Errorf("%q lacks %q", shown.String(), want)
+		}
+	}
+	p.describe("going on")
+	p.add(1024)
+	p.stop()
+	shown.Reset()
+	p.describe("more")
+	if shown.Len() != 0 {
+		t.Errorf("shown after its end: %q", shown.String())
+	}
+}
+
 // Where nobody looks, nothing is shown.
 func TestProgressWithoutTerminal(t *testing.T) {
 	t.Parallel()

@@ -9,10 +9,18 @@ import (
 const rootLong = `polykit-cache is a self-hosted remote cache for build artifacts.
 
 Without a command it serves: REST for Polykit and gRPC for other tools, on one port, over artifacts
-that were proved sound before they can be seen. The commands talk to a server that runs, but for pack and
-verify, which need none.
+that were proved sound before they can be seen. The commands talk to a server that runs, but for pack,
+verify, import and completion, which need none:
 
-Every flag can be set in the environment too; a flag on the command line wins.
+  put, get, stat, files                     upload and download artifacts, and look into them
+  list, stats, missing, quarantine          see what is stored
+  delete, pin, unpin, gc                    change it
+  import                                    take artifacts over from elsewhere
+
+A flag whose help names a variable can be set in the environment too; a flag on the command line wins.
+
+"polykit-cache completion SHELL" prints what lets bash, zsh, fish or PowerShell complete commands and flags;
+"polykit-cache completion SHELL --help" says how to load it.
 
 Exit status:
   0  success
@@ -23,7 +31,9 @@ Exit status:
 
 const rootExample = `  polykit-cache --storage-dir /var/cache/polykit --max-size 2GiB
   polykit-cache put 0123456789abcdef0123456789abcdef dist/
-  polykit-cache get 0123456789abcdef0123456789abcdef --extract dist/`
+  polykit-cache get 0123456789abcdef0123456789abcdef --extract dist/
+  polykit-cache list --package web
+  source <(polykit-cache completion bash)`
 
 // rootCommand returns the whole command line.
 func rootCommand() *cobra.Command {
@@ -37,19 +47,28 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd.Flags()) }
 	root.AddCommand(clientCommands()...)
-	root.AddCommand(verifyCommand())
+	root.AddCommand(verifyCommand(), importCommand())
 	for _, cmd := range append(root.Commands(), root) {
 		describeEnvironment(cmd.Flags())
-		if args := cmd.Args; args != nil {
-			cmd.Args = func(cmd *cobra.Command, given []string) error {
-				if err := args(cmd, given); err != nil {
-					return usageError("%w; see %s --help", err, cmd.CommandPath())
-				}
-				return nil
-			}
-		}
 	}
 	return root
+}
+
+// explainArgs makes usage errors of what a command says of its arguments, and those below it.
+func explainArgs(cmd *cobra.Command) {
+	for _, below := range cmd.Commands() {
+		explainArgs(below)
+	}
+	args := cmd.Args
+	if args == nil {
+		return
+	}
+	cmd.Args = func(cmd *cobra.Command, given []string) error {
+		if err := args(cmd, given); err != nil {
+			return usageError("%w; see %s --help", err, cmd.CommandPath())
+		}
+		return nil
+	}
 }
 
 // version returns the version that the binary was built from: a tag, or else the commit and its time.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -41,6 +43,7 @@ type serveConfig struct {
 	durability      choiceFlag
 	hotSize         sizeFlag
 	limits          limitFlags
+	retention       retentionFlags
 	scrub           disk.ScrubConfig
 	scrubRate       sizeFlag
 	logLevel        choiceFlag
@@ -55,6 +58,7 @@ type serveConfig struct {
 func serveCommand() *cobra.Command {
 	c := serveConfig{
 		limits:          newLimitFlags(),
+		retention:       newRetentionFlags(),
 		scrub:           disk.ScrubConfig{Interval: 30 * 24 * time.Hour},
 		scrubRate:       16 << 20,
 		hotSize:         16 << 20,
@@ -84,6 +88,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
+	c.retention.add(f)
 	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
 	f.Var(&c.scrubRate, "scrub-rate", "most bytes a second that are read for that")
 	f.Var(&c.hotSize, "hot-size", "most memory for artifacts that were asked for lately, so that small ones are not read again")
@@ -158,53 +163,57 @@ func (c *serveConfig) complete() error {
 	c.server.MinDownloadRate = int64(c.minDownloadRate)
 	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
-	return c.limits.complete()
+	return errors.Join(c.retention.complete(), c.limits.complete())
 }
 
 // serve serves until ctx is done.
-func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) error {
+func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	options := &slog.HandlerOptions{Level: levels[c.logLevel.value], ReplaceAttr: nameTrace}
 	log := slog.New(slog.NewTextHandler(logTo, options))
 	if c.logFormat.value == "json" {
 		log = slog.New(slog.NewJSONHandler(logTo, options))
 	}
+	defer func() {
+		if err == nil {
+			log.Info("stopped")
+		}
+	}()
 	verifier := artifact.NewVerifier(c.limits.limits())
-	store, err := disk.Open(disk.Config{
+	store, err := openStorage(disk.Config{
 		Dir:        c.storageDir,
 		Verifier:   verifier,
 		Durability: disk.Durability(c.durability.value),
 		HotSize:    int64(c.hotSize),
 		Log:        log,
-	})
+	}, &c.retention, log)
 	if err != nil {
 		return err
 	}
-	defer store.Close()
+	defer func() {
+		if err := store.Close(); err != nil {
+			log.Error("could not close the storage in good order; the next start goes through it in the background", "error", err)
+		}
+	}()
 	listener, err := net.Listen("tcp", net.JoinHostPort(c.bind, strconv.Itoa(c.port)))
 	if err != nil {
 		return err
 	}
-	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize)}), c.server, log)
+	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
+	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast())
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
 		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "version", version())
+	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
+	var background sync.WaitGroup
+	defer func() {
+		stop()
+		background.Wait()
+	}()
+	background.Go(func() { store.run(running) })
 	if c.scrub.Interval > 0 {
-		scrubbing, stop := context.WithCancel(ctx)
-		scrubbed := make(chan struct{})
-		go func() {
-			defer close(scrubbed)
-			store.Scrub(scrubbing, c.scrub)
-		}()
-		defer func() {
-			stop()
-			<-scrubbed
-		}()
+		background.Go(func() { store.Scrub(running, c.scrub) })
 	}
-	if err := s.Serve(ctx, listener); err != nil {
-		return err
-	}
-	log.Info("stopped")
-	return nil
+	return s.Serve(ctx, listener)
 }
 
 // ballastSize is how much is allocated at least between two collections of garbage.

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"text/tabwriter"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -45,12 +44,7 @@ func statCommand() *cobra.Command {
 				return explain(key, err)
 			}
 			if flags.json {
-				line, err := client.JSON(stat)
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", line)
-				return err
+				return printLine(cmd.OutOrStdout(), stat)
 			}
 			return printStat(cmd.OutOrStdout(), stat)
 		},
@@ -60,7 +54,7 @@ func statCommand() *cobra.Command {
 }
 
 func printStat(w io.Writer, stat *client.Artifact) error {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	table := newTable(w)
 	for _, row := range [][2]string{
 		{"key", printable(stat.GetCacheKey())},
 		{"hash", printable(stat.GetHash())},

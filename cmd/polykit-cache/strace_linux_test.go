@@ -9,11 +9,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 )
@@ -26,12 +28,39 @@ import (
 
 func init() { commands["polykit-cache-held"] = held }
 
-// held is the server, but does not begin before the end of its standard input.
+// held is the server, but does not begin before the end of its standard input. It closes its descriptor 3 when
+// all that a server does by itself at its start is done.
 func held() {
 	const setPtracer, any = 0x59616d61, ^uintptr(0)
 	syscall.RawSyscall(syscall.SYS_PRCTL, setPtracer, any, 0) // or else strace would have to be its parent, where Yama is
 	io.Copy(io.Discard, os.Stdin)
+	go func() {
+		for !settled() {
+			time.Sleep(time.Millisecond)
+		}
+		os.NewFile(3, "settled").Close()
+	}()
 	main()
+}
+
+// atRest match the goroutines that work in the background, when they wait for something to do.
+var atRest = []*regexp.Regexp{
+	regexp.MustCompile(`(?m)^goroutine \d+ \[select[^]]*\]:\n\S*/index\.\(\*Index\)\.Run\(`),
+	regexp.MustCompile(`(?m)^goroutine \d+ \[select[^]]*\]:\n\S*/index\.\(\*Index\)\.reconcileWhenLost\(`),
+	regexp.MustCompile(`(?m)^goroutine \d+ \[select[^]]*\]:\n\S*/retention\.\(\*Collector\)\.Run\(`),
+}
+
+// settled says whether the server that this process is has nothing to do by itself: the index is reconciled,
+// and the collector has measured the directory, which it does again every minute.
+func settled() bool {
+	stacks := make([]byte, 1<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	for _, expression := range atRest {
+		if !expression.Match(stacks) {
+			return false
+		}
+	}
+	return true
 }
 
 // traced is a server in a process of its own, at whose syscalls strace looks.
@@ -40,14 +69,19 @@ type traced struct {
 	hold    io.Closer
 	stdout  io.Reader
 	stderr  strings.Builder
-	address string // "" until it listens
+	settled *os.File // ends when the server has nothing to do by itself
+	address string   // "" until it listens
 	log     <-chan string
+	began   time.Time
 	ended   string // how
 }
 
-// hold starts a server that does not begin yet.
+// hold starts a server that does not begin yet. Without flags it uses all of the disk, however full that is.
 func hold(t *testing.T, dir string, flags ...string) *traced {
 	t.Helper()
+	if len(flags) == 0 {
+		flags = []string{"--min-free=0"}
+	}
 	p := &traced{cmd: exec.Command("polykit-cache-held", append([]string{"--port=0", "--scrub-interval=0", "--storage-dir", dir}, flags...)...)}
 	// A set number of processors keeps the runtime from reading anew every second how many there are.
 	p.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0", "GOMAXPROCS=2")
@@ -60,10 +94,18 @@ func hold(t *testing.T, dir string, flags ...string) *traced {
 	if p.stdout, err = p.cmd.StdoutPipe(); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.cmd.Start(); err != nil {
+	settled, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.settled, p.cmd.ExtraFiles = settled, []*os.File{write}
+	err = p.cmd.Start()
+	write.Close()
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		p.settled.Close()
 		if p.ended == "" {
 			p.cmd.Process.Kill()
 			p.wait()
@@ -74,6 +116,7 @@ func hold(t *testing.T, dir string, flags ...string) *traced {
 
 // begin lets the server begin, and returns "listening" or how it ended.
 func (p *traced) begin() string {
+	p.began = time.Now()
 	p.hold.Close()
 	if p.address, p.log = readAddress(p.stdout); p.address == "" {
 		return p.wait()
@@ -81,13 +124,17 @@ func (p *traced) begin() string {
 	return "listening"
 }
 
-// start starts a server.
+// settle waits until the server has nothing to do by itself.
+func (p *traced) settle() { io.Copy(io.Discard, p.settled) }
+
+// start starts a server that has nothing to do by itself.
 func start(t *testing.T, dir string, flags ...string) *traced {
 	t.Helper()
 	p := hold(t, dir, flags...)
 	if outcome := p.begin(); outcome != "listening" {
 		t.Fatalf("the server does not listen: %s, %s", outcome, &p.stderr)
 	}
+	p.settle()
 	return p
 }
 
@@ -116,7 +163,7 @@ func (p *traced) stop() string {
 // goOn lets the server go on after it was stopped.
 func (p *traced) goOn() { p.cmd.Process.Signal(syscall.SIGCONT) }
 
-// openBelow returns which files in a directory, or itself, the server has open.
+// openBelow returns which files in a storage directory, or itself, the server has open, but for the index's.
 func (p *traced) openBelow(t *testing.T, dir string) []string {
 	t.Helper()
 	fds := fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid)
@@ -126,7 +173,7 @@ func (p *traced) openBelow(t *testing.T, dir string) []string {
 	}
 	var open []string
 	for _, entry := range entries {
-		if target, err := os.Readlink(filepath.Join(fds, entry.Name())); err == nil && strings.HasPrefix(target+"/", dir+"/") {
+		if target, err := os.Readlink(filepath.Join(fds, entry.Name())); err == nil && strings.HasPrefix(target+"/", dir+"/") && !strings.HasPrefix(target, dir+"/"+indexFiles) {
 			open = append(open, target)
 		}
 	}
@@ -141,17 +188,39 @@ type call struct {
 
 func (c call) String() string { return c.name + " " + c.path }
 
+// indexFiles is how the names of the index's files begin, relative to the storage directory.
+const indexFiles = ".polykit-cache/index.db"
+
 // names gives the files of a storage directory names that are the same for every key.
 type names struct {
-	root   string // files elsewhere are not looked at
-	dir    string // the storage directory
-	key    artifact.Key
+	root   string            // files elsewhere are not looked at
+	dir    string            // the storage directory
+	key    artifact.Key      // the zero Key for all keys, whose files have their own names then
 	unique map[string]string // names of files that have random ones
 	real   map[string]string // the opposite
 }
 
 func newNames(root, dir string, key artifact.Key) *names {
 	return &names{root: root, dir: dir, key: key, unique: map[string]string{}, real: map[string]string{}}
+}
+
+var inShard = regexp.MustCompile(`^([0-9a-f]{2})(?:/|$)`)
+
+// about says whether a call is about a request for the key. The index, which is a database, makes its calls in
+// the background, and looks at other keys there that were missed before.
+func (n *names) about(name, path string) bool {
+	relative, err := filepath.Rel(n.dir, path)
+	if err != nil || strings.HasPrefix(relative, indexFiles) {
+		return false
+	}
+	if relative == ".polykit-cache" {
+		switch name {
+		case "open", "openat", "fsync", "close": // SQLite syncs the directory of its files
+			return false
+		}
+	}
+	outer := inShard.FindStringSubmatch(relative)
+	return n.key == artifact.Key{} || outer == nil || outer[1] == n.key.String()[:2]
 }
 
 // name returns the name of a path.
@@ -173,6 +242,9 @@ func (n *names) name(path string) string {
 		}
 		n.real[name] = path
 		return name
+	}
+	if n.key == (artifact.Key{}) {
+		return relative
 	}
 	digits := n.key.String()
 	relative = strings.Replace(relative, digits+".", "KEY.", 1)
@@ -212,9 +284,11 @@ type event struct {
 	result   string // of the call, where it ends
 	injected bool   // the result is
 	stops    bool   // the server does, behind a call
+	listens  bool   // the server does, which is the end of its start
 }
 
 var (
+	listenLine  = regexp.MustCompile(`^\d+ +listen\(`)
 	callLine    = regexp.MustCompile(`^(\d+) +(\w+)\((.*)$`)
 	stopLine    = regexp.MustCompile(`^(\d+) +--- (SIGSTOP|stopped by SIGSTOP) `)
 	resumedLine = regexp.MustCompile(`^(\d+) +<\.\.\. \w+ resumed>(.*)$`)
@@ -291,9 +365,10 @@ func trace(t *testing.T, p *traced, n *names, options ...string) *tracer {
 
 // parse returns what a line says about a file below the root of the names, or a stop.
 func (tr *tracer) parse(line string) event {
-	e := event{line: line, injected: strings.HasSuffix(line, "(INJECTED)")}
+	e := event{line: line, injected: strings.HasSuffix(line, "(INJECTED)"), listens: listenLine.MatchString(line)}
 	if m := callLine.FindStringSubmatch(line); m != nil {
-		if paths := tr.below.FindAllStringSubmatch(m[3], -1); paths != nil {
+		paths := tr.below.FindAllStringSubmatch(m[3], -1)
+		if paths != nil && tr.names.about(m[2], paths[len(paths)-1][1]) {
 			e.from = tr.names.name(paths[0][1])
 			e.call, e.begins = call{m[2], tr.names.name(paths[len(paths)-1][1])}, true
 			if strings.HasSuffix(line, "<unfinished ...>") {
@@ -325,7 +400,7 @@ func (tr *tracer) detach() []event {
 func (tr *tracer) rest() []event {
 	var events []event
 	for line := range tr.lines {
-		if e := tr.parse(line); e.call != (call{}) {
+		if e := tr.parse(line); e.call != (call{}) || e.listens {
 			events = append(events, e)
 		}
 	}
@@ -333,21 +408,25 @@ func (tr *tracer) rest() []event {
 	return events
 }
 
-// watch returns the outcome of a request and what the server did on files meanwhile.
+// watch returns the outcome of a request and what the server did on files meanwhile, or until it listened.
 func watch(t *testing.T, p *traced, n *names, request func() string) (string, []event) {
 	t.Helper()
-	tr := trace(t, p, n, "-e", "trace="+fileCalls)
+	tr := trace(t, p, n, "-e", "trace=listen,"+fileCalls)
 	answer := make(chan string, 1)
 	go func() { answer <- request() }()
 	var events []event
 	for {
 		select {
 		case line := <-tr.lines:
-			if e := tr.parse(line); e.call != (call{}) {
+			if e := tr.parse(line); e.call != (call{}) || e.listens {
 				events = append(events, e)
 			}
 		case outcome := <-answer:
-			return outcome, append(events, tr.detach()...)
+			events = append(events, tr.detach()...)
+			if end := slices.IndexFunc(events, func(e event) bool { return e.listens }); end >= 0 {
+				events = events[:end]
+			}
+			return outcome, events
 		}
 	}
 }
