@@ -367,6 +367,9 @@ func (f *fill) compareContent(t *testing.T) {
 // list lists by filters, over both protocols.
 func (f *fill) list(t *testing.T) {
 	t.Helper()
+	if _, err := statistics(f.server.address); err != nil { // or last uses would be written while they order the pages
+		t.Fatal(err)
+	}
 	service, closeConnection := f.service(t)
 	defer closeConnection()
 	files, err := filesIn(f.dir)

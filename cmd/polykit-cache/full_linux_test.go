@@ -399,7 +399,7 @@ func testEvicted(within func(*testing.T, *faultRig)) func(*testing.T, *faultRig)
 		pinned := r.newKey(t)
 		is(t, "PUT", r.put(pinned), "201")
 		is(t, "PUT of the pin", r.request(http.MethodPut, "/v1/artifacts/"+pinned.String()+"/pin", 0, nil, nil), "200")
-		for range 6 {
+		for range 5 {
 			for declared, puts := range puts {
 				for name, put := range puts {
 					key := r.newKey(t)
