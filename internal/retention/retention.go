@@ -298,11 +298,12 @@ func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Poli
 			return nil
 		}
 		size, err := c.store.Evict(ctx, e.Key, e.StoredAt)
-		switch {
-		case errors.Is(err, cache.ErrNotFound): // which the index did not know
-			c.index.Recheck(c.store, e.Key)
-			return nil
-		case err != nil: // which must not keep others from being removed
+		if errors.Is(err, cache.ErrNotFound) { // which the index did not know
+			if _, err = c.index.Recheck(c.store, e.Key); err == nil {
+				return nil
+			}
+		}
+		if err != nil { // which must not keep others from being removed
 			c.log.Error("could not evict an artifact", "key", e.Key, "error", err)
 			failures, failed = failures+1, cmp.Or(failed, err)
 			return nil
