@@ -69,7 +69,7 @@ const writebackSize = 8 << 20
 // system itself.
 func (u *upload) Write(p []byte) (int, error) {
 	if more := u.written + int64(len(p)) + uploadOverhead - u.reserved; more > 0 {
-		if err := u.store.space.promise(u.ctx, more, u.reserved); err != nil {
+		if err := u.store.space.promise(u.ctx, more); err != nil {
 			return 0, translate(err)
 		}
 		u.reserved += more

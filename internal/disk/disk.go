@@ -202,7 +202,7 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache
 		}
 	}
 	size = max(size, 0) + uploadOverhead
-	if err := s.space.promise(ctx, size, 0); err != nil {
+	if err := s.space.promise(ctx, size); err != nil {
 		return nil, translate(err)
 	}
 	file, err := s.createTmp(key)

@@ -40,9 +40,8 @@ type Limits struct {
 	MinFree int64
 	// Stored returns how many bytes on the disk the artifacts take. It is needed for MaxStorage.
 	Stored func() int64
-	// MakeRoom makes room for size bytes more of an upload that has taken bytes already, or returns an error
-	// if that can't be. It may be nil.
-	MakeRoom func(ctx context.Context, size, taken int64) error
+	// MakeRoom makes room for size bytes, or returns an error if that can't be. It may be nil.
+	MakeRoom func(ctx context.Context, size int64) error
 	// Low is told, and must not block, when Usage.Room falls below LowRoom. It may be nil.
 	Low     func()
 	LowRoom int64
@@ -88,9 +87,9 @@ func (s *space) usage() (Usage, error) {
 	return u, err
 }
 
-// promise sets size bytes aside, for an upload that has taken bytes already. If there is no room for them it
-// has room made, and returns ENOSPC if that can't be.
-func (s *space) promise(ctx context.Context, size, taken int64) error {
+// promise sets size bytes aside. If there is no room for them it has room made, and returns ENOSPC if that
+// can't be.
+func (s *space) promise(ctx context.Context, size int64) error {
 	for {
 		enough, err := s.tryPromise(size)
 		if enough || err != nil {
@@ -99,7 +98,7 @@ func (s *space) promise(ctx context.Context, size, taken int64) error {
 		if s.limits.MakeRoom == nil {
 			return syscall.ENOSPC
 		}
-		if err := s.limits.MakeRoom(ctx, size, taken); err != nil {
+		if err := s.limits.MakeRoom(ctx, size); err != nil {
 			return fmt.Errorf("%w: %w", cache.ErrNoSpace, err)
 		}
 	}

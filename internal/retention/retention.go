@@ -218,16 +218,12 @@ func (c *Collector) logRemovals(removals []Removal) {
 	}
 }
 
-// makeRoom makes room for size bytes more of an upload that has taken bytes already. Nothing is evicted for
-// one that can never have room.
-func (c *Collector) makeRoom(ctx context.Context, size, taken int64) error {
+// makeRoom makes room for size bytes. Nothing is evicted for what can never have room.
+func (c *Collector) makeRoom(ctx context.Context, size int64) error {
 	for {
 		usage, err := c.store.Usage()
 		if err != nil || usage.Room >= size {
 			return err
-		}
-		if capacity := c.policy.capacity(usage.Size); size+taken > capacity {
-			return fmt.Errorf("%d bytes are needed, and %d is all that may be used", size+taken, capacity)
 		}
 		if most := usage.Room + c.index.ArtifactsDiskSize() + c.quarantined(); size > most {
 			return fmt.Errorf("%d bytes more are needed, and there would be %d if everything was evicted", size, most)

@@ -506,3 +506,30 @@ func (s stuckStore) Evict(ctx context.Context, key artifact.Key, storedAt time.T
 	}
 	return s.Store.Evict(ctx, key, storedAt)
 }
+
+// TestUsedMeanwhile uses an artifact when it is about to go: it stays.
+func TestUsedMeanwhile(t *testing.T) {
+	r := newRig(t, retention.Policy{})
+	for _, name := range []string{"a", "b", "c"} {
+		r.mustPut(t, name, "build", 100)
+	}
+	c := retention.New(r.index, usingStore{r.store, func() { r.index.Hit(cachetest.Key("c")) }}, retention.Policy{}, slog.New(slog.DiscardHandler))
+	removals, _, err := c.Collect(t.Context(), retention.Policy{MinFree: 1 << 60}, 1000)
+	if got := sums(removals); got != "2 of build for min-free" || err != nil {
+		t.Errorf("removed: %s, %v", got, err)
+	}
+	if got := r.stored(t, "a", "b", "c"); got != "c" {
+		t.Errorf("left are %s", got)
+	}
+}
+
+// usingStore does something before it removes an artifact.
+type usingStore struct {
+	*disk.Store
+	before func()
+}
+
+func (s usingStore) Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (int64, error) {
+	s.before()
+	return s.Store.Evict(ctx, key, storedAt)
+}
