@@ -216,6 +216,12 @@ func (p *process) stop() error {
 	return nil
 }
 
+// kill ends a server at once.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.ended
+}
+
 // cpu returns the processor time that the process took, and its children that live.
 func (p *process) cpu() (time.Duration, error) {
 	pids, err := family(p.cmd.Process.Pid)

@@ -301,60 +301,6 @@ func (b *bench) idleMemory(ctx context.Context) (lines []line, err error) {
 	}, nil
 }
 
-// scale measures what it costs that much is stored.
-func (b *bench) scale(ctx context.Context) (lines []line, err error) {
-	work := humanize.Comma(int64(b.artifacts)) + " artifacts of 1 KiB stored"
-	fmt.Fprintf(b.progress, "  uploading %s artifacts\n", humanize.Comma(int64(b.artifacts)))
-	dir, server, all, err := b.prepared(ctx, load.Config{Operation: load.Get, Size: 1 << 10, Artifacts: b.artifacts, Clients: 16}, "--durability", "none")
-	if err != nil {
-		return nil, err
-	}
-	if err := server.stop(); err != nil {
-		return nil, err
-	}
-	var slowest time.Duration
-	for range b.rounds {
-		began := time.Now()
-		if server, err = b.startServer(ctx, dir); err != nil {
-			return nil, err
-		}
-		slowest = max(slowest, time.Since(began))
-		if err := server.stop(); err != nil {
-			return nil, err
-		}
-	}
-	if server, err = b.startServer(ctx, dir); err != nil {
-		return nil, err
-	}
-	defer b.end(&err, server, dir)
-	// The same few artifacts are asked for in both stores, so that it is what else is stored that tells.
-	few := load.Config{Operation: load.Get, Size: 1 << 10, Artifacts: min(1000, b.artifacts), Clients: 4}
-	emptyDir, empty, fewInEmpty, err := b.prepared(ctx, few)
-	if err != nil {
-		return nil, err
-	}
-	defer b.end(&err, empty, emptyDir)
-	fewInFull := all.With(func(c *load.Config) { c.Artifacts, c.Clients = few.Artifacts, few.Clients })
-	allInFull := all.With(func(c *load.Config) { c.Clients = few.Clients })
-	turns, err := b.turns(ctx, b.loaded(server, fewInFull, perOperation, 0), b.loaded(empty, fewInEmpty, perOperation, 0), b.loaded(server, allInFull, perOperation, 0))
-	if err != nil {
-		return nil, err
-	}
-	resident, err := server.memory("VmRSS")
-	if err != nil {
-		return nil, err
-	}
-	p50 := func(t turn) float64 { return float64(t.p50) }
-	of := func(turns []turn) string { return short(time.Duration(median(turns, p50))) }
-	any := line{ratio: fmt.Sprintf("%.2f", ratio(turns[2], turns[1], p50))}
-	return []line{
-		bounded(1, slowest.Seconds(), seconds).of(work, "start until it listens, slowest", "", ""),
-		most(1.2, ratio(turns[0], turns[1], p50)).of(work, fmt.Sprintf("GET p50 of %d of them", few.Artifacts), of(turns[0]), of(turns[1])+", empty store"),
-		any.of(work, "GET p50 of any of them", of(turns[2]), of(turns[1])+", empty store"),
-		bounded(100<<20, float64(resident), mib).of(work, "resident after that", "", ""),
-	}, nil
-}
-
 // end stops a server and removes its directory.
 func (b *bench) end(err *error, server *process, dir string) {
 	*err = errors.Join(*err, server.stop(), os.RemoveAll(dir))

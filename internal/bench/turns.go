@@ -32,6 +32,7 @@ type turn struct {
 	speed float64 // units per second
 	cpu   float64 // processor time per unit, in seconds
 	p50   time.Duration
+	p99   time.Duration
 }
 
 // side is one of those that take turns.
@@ -115,6 +116,7 @@ func (b *bench) loaded(p *process, l *load.Load, unit unit, bytes int64) side {
 			speed: units / result.Elapsed.Seconds(),
 			cpu:   (after - before).Seconds() / units,
 			p50:   time.Duration(result.Latency.ValueAtPercentile(50)),
+			p99:   time.Duration(result.Latency.ValueAtPercentile(99)),
 		}, nil
 	}
 }
