@@ -31,15 +31,21 @@ compress, or with --compressible to about a third. What bench uploads stays on t
 one that is there for this.
 
 Over REST each client has a connection of its own; over gRPC they share one. Bytes are those of
-artifacts as uploaded. The latency of an operation is the time until its last byte. The last line
+artifacts as uploaded. The latency of an operation is the time until its last byte, with --rate since
+it was due. The last line
 is what bench itself costs: where both run on one machine, that much was not the server's.`
 
 const benchExample = `  polykit-cache bench get --size 64MiB --clients 4
   polykit-cache bench put --size 2KiB --clients 16 --duration 30s
+  polykit-cache bench get --rate 500 --clients 32
   polykit-cache bench mixed --grpc --json | jq .operations_per_second`
 
-// mostClients is the most --clients.
-const mostClients = 100_000
+const (
+	// mostClients is the most --clients.
+	mostClients = 100_000
+	// mostRate is the most --rate.
+	mostRate = 1e9
+)
 
 // benchFlags are the flags of bench.
 type benchFlags struct {
@@ -97,6 +103,7 @@ func benchCommand() *cobra.Command {
 	f.IntVar(&flags.config.Artifacts, "artifacts", 16, "how many artifacts get and head choose from")
 	f.IntVar(&flags.config.Clients, "clients", 16, "how many operations are in flight at once")
 	f.DurationVar(&flags.config.Duration, "duration", 10*time.Second, "time in which operations are begun")
+	f.Float64Var(&flags.config.Rate, "rate", 0, "operations begun in a second by all clients together, as long as they can keep up; 0 for as many as are answered")
 	f.BoolVar(&flags.config.KeepAlive, "keep-alive", true, "use a connection for more than one request")
 	flags.remote.add(f)
 	return cmd
@@ -116,6 +123,9 @@ func (b *benchFlags) complete() (err error) {
 	c.GRPC, c.Size = b.remote.grpc, int64(b.size)
 	if c.Duration <= 0 || c.Duration > longest {
 		return usageError("--duration is %v; it must be more than 0 and at most %v", c.Duration, longest)
+	}
+	if !(c.Rate >= 0 && c.Rate <= mostRate) { // which NaN is not either
+		return usageError("--rate is %v; it must be 0 to %v", c.Rate, float64(mostRate))
 	}
 	if c.GRPC {
 		if !c.KeepAlive {
@@ -140,6 +150,7 @@ type benchReport struct {
 	Size                int64   `json:"size"`
 	Compressible        bool    `json:"compressible"`
 	Clients             int     `json:"clients"`
+	Rate                float64 `json:"rate,omitempty"`
 	Elapsed             float64 `json:"elapsed"`
 	Operations          int64   `json:"operations"`
 	Errors              int64   `json:"errors"`

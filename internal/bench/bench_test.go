@@ -64,9 +64,9 @@ func TestTable(t *testing.T) {
 		`300 artifacts of 1 KiB stored +\| start until it listens, slowest +\| N s +\| +\| +\| ≤ 1 s`,
 		`GET p50 of 300 of them +\| N.?s +\| N.?s, empty store +\| N +\| ≤ 1\.20`,
 		`resident after that +\| N MiB +\| +\| +\| ≤ 100 MiB`,
-		`the same, after a kill +\| until everything is in the index, under load +\| N s +\| +\| +\| ≤ 300 s`,
-		`GET p99 meanwhile +\| N.?s +\| N.?s, afterwards +\| N +\| ≤ 1\.25`,
-		`the same, after a kill and without the index +\| until everything is in the index, under load`,
+		`the same, after a kill +\| until everything is in the index +\| N s +\| +\| +\| ≤ 300 s`,
+		`GET p99 meanwhile, at N/s +\| N.?s +\| N.?s, afterwards +\| N +\| ≤ 1\.25`,
+		`the same, after a kill and without the index +\| until everything is in the index`,
 	} {
 		if !regexp.MustCompile(strings.ReplaceAll(want, "N", number)).MatchString(got) {
 			t.Errorf("the table has no %s", want)

@@ -70,7 +70,9 @@ func (b *bench) scale(ctx context.Context) (lines []line, err error) {
 		bounded(100<<20, float64(resident), mib).of(work, "resident after that", "", ""),
 	}
 	for _, rebuilt := range []bool{false, true} {
-		reconciled, err := b.reconciled(ctx, &server, dir, fewInFull, rebuilt)
+		// What is added to a machine that has nothing left takes from all; so it has three quarters left.
+		rate := median(turns[0], speedOf) / 4
+		reconciled, err := b.reconciled(ctx, &server, dir, fewInFull, rate, rebuilt)
 		if err != nil {
 			return nil, err
 		}
@@ -81,7 +83,7 @@ func (b *bench) scale(ctx context.Context) (lines []line, err error) {
 
 // reconciled measures what it costs, after the server was killed, that it goes through what is stored beside
 // its work; and if rebuilt, without an index that knows some of it.
-func (b *bench) reconciled(ctx context.Context, server **process, dir string, l *load.Load, rebuilt bool) (lines []line, err error) {
+func (b *bench) reconciled(ctx context.Context, server **process, dir string, l *load.Load, rate float64, rebuilt bool) (lines []line, err error) {
 	work := "the same, after a kill"
 	(*server).kill()
 	if rebuilt {
@@ -103,7 +105,7 @@ func (b *bench) reconciled(ctx context.Context, server **process, dir string, l 
 		return nil, err
 	}
 	defer c.Close()
-	side := b.loaded(*server, l, perOperation, 0)
+	side := b.loaded(*server, l.With(func(c *load.Config) { c.Rate = rate }), perOperation, 0)
 	var during, after []turn
 	var complete bool
 	for !complete {
@@ -135,8 +137,8 @@ func (b *bench) reconciled(ctx context.Context, server **process, dir string, l 
 	p99 := func(t turn) float64 { return float64(t.p99) }
 	of := func(turns []turn) string { return short(time.Duration(median(turns, p99))) }
 	return []line{
-		bounded(300, took.Seconds(), seconds).of(work, "until everything is in the index, under load", "", ""),
-		most(1.25, median(during, p99)/median(after, p99)).of(work, "GET p99 meanwhile", of(during), of(after)+", afterwards"),
+		bounded(300, took.Seconds(), seconds).of(work, "until everything is in the index", "", ""),
+		most(1.25, median(during, p99)/median(after, p99)).of(work, fmt.Sprintf("GET p99 meanwhile, at %s", perOperation.speed(rate)), of(during), of(after)+", afterwards"),
 		bounded(100<<20, float64(peak), mib).of(work, "peak resident", "", ""),
 	}, nil
 }

@@ -66,7 +66,10 @@ func (x *Index) giveBack(b batch) {
 }
 
 // Flush writes what was told so far. What can't be written is kept for the next time.
-func (x *Index) Flush(ctx context.Context) error {
+func (x *Index) Flush(ctx context.Context) error { return x.flush(ctx, nil) }
+
+// flush is Flush that rests in between.
+func (x *Index) flush(ctx context.Context, rest *rest) error {
 	x.flushing.Lock()
 	defer x.flushing.Unlock()
 	b := x.take()
@@ -75,11 +78,11 @@ func (x *Index) Flush(ctx context.Context) error {
 		err = x.gone()
 	}
 	if err == nil {
-		err = x.write(ctx, b)
+		err = x.write(ctx, b, rest)
 	}
 	if damaged(err) || errors.Is(err, ErrUnavailable) {
 		if err = x.reopen(err); err == nil {
-			err = x.write(ctx, b)
+			err = x.write(ctx, b, rest)
 		}
 	}
 	if err != nil {
@@ -131,7 +134,7 @@ func (x *Index) written(ctx context.Context, b batch) {
 }
 
 // write writes a batch in one transaction.
-func (x *Index) write(ctx context.Context, b batch) (err error) {
+func (x *Index) write(ctx context.Context, b batch, rest *rest) (err error) {
 	x.db.RLock()
 	defer x.db.RUnlock()
 	if x.writer == nil {
@@ -151,12 +154,12 @@ func (x *Index) write(ctx context.Context, b batch) (err error) {
 	}()
 	w := &writing{ctx: ctx, tx: tx, statements: map[string]*sql.Stmt{}, tasks: map[task]int64{}, maxIdleTasks: x.maxIdleTasks}
 	for _, c := range b.changes {
-		if err := w.change(c); err != nil {
+		if err := errors.Join(w.change(c), rest.pause()); err != nil {
 			return err
 		}
 	}
 	for key, u := range b.uses {
-		if err := w.use(key, u); err != nil {
+		if err := errors.Join(w.use(key, u), rest.pause()); err != nil {
 			return err
 		}
 	}

@@ -97,6 +97,7 @@ type Index struct {
 
 	mu         sync.Mutex
 	pending    []change
+	changes    uint64 // that were told so far
 	uses       map[artifact.Key]*use
 	doubts     map[artifact.Key]bool // missed, or used without a row: to be looked up
 	misses     *simplelru.LRU[artifact.Key, int64]
@@ -268,7 +269,7 @@ func (x *Index) connect(options string) (*sql.DB, error) {
 		return nil, err
 	}
 	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: options +
-		fmt.Sprintf("&_pragma=busy_timeout(%d)&_pragma=journal_mode(WAL)&_pragma=foreign_keys(1)&_pragma=cache_size(-4096)"+
+		fmt.Sprintf("&_pragma=busy_timeout(%d)&_pragma=journal_mode(WAL)&_pragma=foreign_keys(1)&_pragma=cache_size(-4096)&_pragma=temp_store(MEMORY)"+
 			"&_pragma=wal_autocheckpoint(%d)&_pragma=journal_size_limit(%d)", openTimeout.Milliseconds(), logSize/4096, logSize)}
 	return sql.Open("sqlite", dsn.String())
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -22,9 +23,10 @@ type Source interface {
 }
 
 const (
-	// restFactor is how many times as long as it works a reconciliation rests, so that it takes no more
-	// than a part of one processor and of the disk.
-	restFactor = 2
+	// workTime is about how long a reconciliation works before it rests.
+	workTime = time.Millisecond
+	// restTime is how long it rests then, so that it takes no more than half of one processor and of the disk.
+	restTime = time.Millisecond
 	// retryPause is how long a reconciliation that failed waits for the next one.
 	retryPause = time.Minute
 )
@@ -66,11 +68,15 @@ func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	lost, rest := x.losses.Load(), newRest(ctx, progress == nil)
+	lost := x.losses.Load()
+	var r *rest
+	if progress == nil {
+		r = &rest{ctx, time.Now()}
+	}
 	var unread error // which does not keep the rest from being read
 	const outers = 1 << 8
 	for i := range outers {
-		n, err := x.reconcileOuter(ctx, source, fmt.Sprintf("%02x", i), rest)
+		n, err := x.reconcileOuter(ctx, source, fmt.Sprintf("%02x", i), r)
 		changed += n
 		if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
 			return changed, err
@@ -111,7 +117,7 @@ func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done
 // reconcileOuter reconciles the rows of keys whose first two digits are outer. The rows are read before the
 // files: what is stored or removed since, the index is told.
 func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string, rest *rest) (changed int64, err error) {
-	if err := x.Flush(ctx); err != nil {
+	if err := x.flush(ctx, rest); err != nil {
 		return 0, err
 	}
 	rows, err := x.files(ctx, outer)
@@ -136,7 +142,7 @@ func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string,
 				changed++
 			}
 		}
-		if err := x.flushIfFull(ctx); err != nil {
+		if err := x.flushIfFull(ctx, rest); err != nil {
 			return err
 		}
 		return rest.pause()
@@ -147,7 +153,7 @@ func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string,
 			continue
 		}
 		changed++
-		if err := errors.Join(x.flushIfFull(ctx), rest.pause()); err != nil {
+		if err := errors.Join(x.flushIfFull(ctx, rest), rest.pause()); err != nil {
 			return changed, err
 		}
 	}
@@ -155,53 +161,66 @@ func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string,
 }
 
 // flushIfFull flushes before so much is pending that something would be forgotten.
-func (x *Index) flushIfFull(ctx context.Context) error {
+func (x *Index) flushIfFull(ctx context.Context, rest *rest) error {
 	x.mu.Lock()
 	full := len(x.pending) >= flushSize
 	x.mu.Unlock()
 	if !full {
 		return nil
 	}
-	return x.Flush(ctx)
+	return x.flush(ctx, rest)
 }
 
-// Recheck tells the index how an artifact is now, and returns that. What happens to it between the look and the telling is told
-// before, and would be undone, so it looks again until nothing has happened.
+// Recheck tells the index how an artifact is now, and returns that. If the index was told something else while
+// it looked, that may be newer than what was seen or older, so it looks again.
 func (x *Index) Recheck(source Source, key artifact.Key) (cache.Stored, error) {
 	for {
-		before, was, err := source.Look(key)
+		x.mu.Lock()
+		changes := x.changes
+		x.mu.Unlock()
+		stored, found, err := source.Look(key)
 		if err != nil {
-			return before, err
+			return stored, err
 		}
-		if was {
-			x.Found(before)
-		} else {
-			x.Removed(key, 0)
-		}
-		after, is, err := source.Look(key)
-		if err != nil || was == is && before == after {
-			return after, err
+		if x.see(key, stored, found, changes) {
+			return stored, nil
 		}
 	}
 }
 
-// rest bounds the part of the time that a reconciliation works.
+// see is told how an artifact was when the index had been told a number of changes. It returns false, and does
+// nothing, if it has been told more since.
+func (x *Index) see(key artifact.Key, stored cache.Stored, found bool, changes uint64) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch {
+	case x.changes != changes:
+		return false
+	case found:
+		x.add(change{kind: changeFound, stored: stored})
+	default:
+		x.remove(key)
+	}
+	return true
+}
+
+// rest bounds the part of the time that a reconciliation works, and how long it does so at a time: who waits
+// for a processor meanwhile waits that long. A nil one never rests, but lets others go first.
 type rest struct {
 	ctx   context.Context
-	rests bool
 	began time.Time
 }
 
-func newRest(ctx context.Context, rests bool) *rest { return &rest{ctx, rests, time.Now()} }
-
-// pause rests in proportion to the time since the last rest, once that is worth it.
+// pause rests if the last rest was long enough ago.
 func (r *rest) pause() error {
-	const atLeast = 2 * time.Millisecond
-	worked := time.Since(r.began)
-	if !r.rests || worked < atLeast {
+	if r == nil {
+		runtime.Gosched()
+		return nil
+	}
+	if time.Since(r.began) < workTime {
 		return r.ctx.Err()
 	}
-	timer := time.NewTimer(restFactor * worked)
+	timer := time.NewTimer(restTime)
 	defer timer.Stop()
 	select {
 	case <-timer.C:

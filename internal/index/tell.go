@@ -40,8 +40,13 @@ func (x *Index) Pinned(key artifact.Key, pinned bool) {
 func (x *Index) Removed(key artifact.Key, diskSize int64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	delete(x.uses, key)
 	x.more -= diskSize
+	x.remove(key)
+}
+
+// remove adds that an artifact is gone. x.mu is held.
+func (x *Index) remove(key artifact.Key) {
+	delete(x.uses, key)
 	x.add(change{kind: changeRemoved, stored: cache.Stored{Info: artifact.Info{Key: key}}})
 }
 
@@ -116,6 +121,7 @@ func (x *Index) count(usage Usage) {
 
 // add adds a change. x.mu is held.
 func (x *Index) add(c change) {
+	x.changes++
 	if len(x.pending) >= x.maxPending {
 		x.forgot = true
 		return

@@ -59,6 +59,10 @@ type Config struct {
 	Clients int
 	// Duration is how long operations are begun. Each client begins one at least.
 	Duration time.Duration
+	// Rate is how many operations are begun in a second by all clients together, as long as they can keep
+	// up. One that begins late has its latency from when it was due, or a server that stalls would be asked
+	// less and look good. 0 begins each as soon as the last one of its client has ended.
+	Rate float64
 	// KeepAlive uses a connection for more than one request.
 	KeepAlive bool
 }
@@ -160,7 +164,7 @@ func (l *Load) Run(ctx context.Context) (*Result, error) {
 	cpu, began := ownCPU(), time.Now()
 	var clients sync.WaitGroup
 	for i, conn := range conns {
-		clients.Go(func() { results[i] = l.client(ctx, conn, began.Add(l.config.Duration)) })
+		clients.Go(func() { results[i] = l.client(ctx, conn, i, began.Add(l.config.Duration)) })
 	}
 	clients.Wait()
 	total := newResult()
@@ -205,10 +209,10 @@ func closeAll(conns []conn) {
 	}
 }
 
-// client begins operations until end, one after the other, and one at least.
-func (l *Load) client(ctx context.Context, conn conn, end time.Time) *Result {
-	result := newResult()
-	for began := time.Now(); ctx.Err() == nil; {
+// client begins operations until end, one after the other, and one at least. It is the one with a number from 0.
+func (l *Load) client(ctx context.Context, conn conn, number int, end time.Time) *Result {
+	result, pace := newResult(), newPace(l.config, number)
+	for began := pace.next(ctx, time.Now()); ctx.Err() == nil; {
 		err := l.do(ctx, conn, result)
 		ended := time.Now()
 		switch {
@@ -220,11 +224,42 @@ func (l *Load) client(ctx context.Context, conn conn, end time.Time) *Result {
 			result.Operations++
 			result.Latency.RecordValue(min(int64(ended.Sub(began)), longest))
 		}
-		if began = ended; !began.Before(end) {
+		if began = pace.next(ctx, ended); !began.Before(end) {
 			break
 		}
 	}
 	return result
+}
+
+// pace says when a client begins operations.
+type pace struct {
+	interval time.Duration // 0 for at once
+	due      time.Time
+}
+
+func newPace(c Config, number int) *pace {
+	if c.Rate == 0 {
+		return &pace{}
+	}
+	between := float64(time.Second) / c.Rate // the clients take turns
+	return &pace{time.Duration(between * float64(c.Clients)), time.Now().Add(time.Duration(between * float64(number)))}
+}
+
+// next waits until the next operation is to be begun, and returns since when it counts.
+func (p *pace) next(ctx context.Context, now time.Time) time.Time {
+	if p.interval == 0 {
+		return now
+	}
+	due := p.due
+	p.due = due.Add(p.interval)
+	if early := due.Sub(now); early > 0 {
+		select {
+		case <-ctx.Done():
+		case <-time.After(early):
+		}
+		return time.Now()
+	}
+	return due
 }
 
 func (l *Load) do(ctx context.Context, conn conn, result *Result) error {
