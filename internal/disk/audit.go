@@ -310,7 +310,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 	f.State = StateSound
 	if lack == nil && known == info {
 		if a.repair && memo.Boot != "" {
-			if err := s.writeMemo(info, memo.Pinned, file.Sync() == nil); err != nil {
+			if _, err := s.renewMemo(info, file.Sync() == nil); err != nil {
 				return nil, err
 			}
 		}
@@ -323,10 +323,11 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		}
 	}
 	if a.repair {
-		if err := s.writeMemo(info, memo.pins(), file.Sync() == nil); err != nil {
+		pinned, err := s.renewMemo(info, file.Sync() == nil)
+		if err != nil {
 			return nil, err
 		}
-		s.tell(info, memo.pins(), s.observer.Found)
+		s.tell(info, pinned, s.observer.Found)
 		f.Repaired = f.State == StateMemo
 	}
 	return f, nil

@@ -24,6 +24,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -201,7 +202,7 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache
 			return nil, cache.ErrExists
 		}
 	}
-	size = max(size, 0) + uploadOverhead
+	size = min(max(size, 0), math.MaxInt64-uploadOverhead) + uploadOverhead
 	if err := s.space.promise(ctx, size); err != nil {
 		return nil, translate(err)
 	}
@@ -332,8 +333,7 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 		return inspected{}, err
 	}
 	defer file.Close()
-	m, err := s.loadMemo(key)
-	if err == nil {
+	if m, err := s.loadMemo(key); err == nil {
 		if info, err := m.info(key, stat); err == nil { // an inspection ended after the memo was looked for
 			return inspected{info, stat}, nil
 		}
@@ -348,10 +348,11 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 	info.StoredAt = stat.ModTime()
 	s.log.Info("verified a stored artifact, since its memo could not be gone by", "key", key, "memo", lack)
 	// What was read may be on its way to the disk only, if it was stored by a server that does not sync.
-	if err := s.writeMemo(info, m.pins(), file.Sync() == nil); err != nil {
+	pinned, err := s.renewMemo(info, file.Sync() == nil)
+	if err != nil {
 		s.log.Warn("could not write a memo; the artifact will be verified again", "key", key, "error", err)
 	}
-	s.tell(info, m.pins(), s.observer.Found)
+	s.tell(info, pinned, s.observer.Found)
 	return inspected{info, stat}, nil
 }
 

@@ -15,10 +15,14 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/cachetest"
+	"github.com/polykit/polykit-cache/internal/disk"
 )
 
 const nobody = 65534
@@ -413,4 +417,46 @@ func openTimes(path string) int {
 		}
 	}
 	return times
+}
+
+// TestEvictStrangeTime evicts an artifact whose time the index can't tell.
+func TestEvictStrangeTime(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{})
+	r.put(t, key, content)
+	strange := time.Date(2300, 1, 1, 0, 0, 0, 0, time.UTC) // more nanoseconds than can be counted
+	if err := unix.UtimesNano(r.path(zstName), []unix.Timespec{{Sec: strange.Unix()}, {Sec: strange.Unix()}}); err != nil {
+		t.Fatal(err)
+	}
+	if stat := lstat(t, r.path(zstName)); !stat.ModTime().Equal(strange) {
+		skip(t, "the file system does not know the year 2300")
+	}
+	looked, _, _ := r.store.Look(key)
+	if _, err := r.store.Evict(t.Context(), key, time.Unix(0, looked.StoredAt.UnixNano())); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestEvictWithoutDescriptors evicts a pinned artifact when nobody can read that it is.
+func TestEvictWithoutDescriptors(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{})
+	info := r.put(t, key, content)
+	if err := r.store.Pin(t.Context(), key, true); err != nil {
+		t.Fatal(err)
+	}
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none := syscall.Rlimit{Cur: 0, Max: limit.Max}
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.store.Evict(t.Context(), key, info.StoredAt)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, syscall.EMFILE) {
+		t.Errorf("Evict returned %v, want %v", err, syscall.EMFILE)
+	}
+	r.serves(t, key, content)
 }

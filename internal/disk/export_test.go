@@ -19,3 +19,8 @@ func (s *Store) Kept(key artifact.Key) any {
 	kept, _ := s.hot.lru.Peek(key)
 	return kept
 }
+
+// RenewMemo writes the memo of an artifact anew, as who verified it does.
+func (s *Store) RenewMemo(info artifact.Info) (pinned bool, err error) {
+	return s.renewMemo(info, true)
+}

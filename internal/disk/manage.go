@@ -30,22 +30,28 @@ func (l *outerLocks) of(name string) *sync.Mutex {
 
 // Remove implements cache.Store.
 func (s *Store) Remove(_ context.Context, key artifact.Key) (diskSize int64, err error) {
-	return s.remove(key, func(fs.FileInfo) bool { return true })
+	return s.remove(key, func(fs.FileInfo) error { return nil })
 }
 
-// Evict is Remove of an artifact that was stored at a time and is not pinned. Any other is ErrNotFound, too.
+// Evict is Remove of an artifact that was stored at a time, to the nanoseconds that the index counts, and is
+// not pinned. Any other is ErrNotFound, too.
 func (s *Store) Evict(_ context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error) {
-	return s.remove(key, func(stat fs.FileInfo) bool {
-		if !stat.ModTime().Equal(storedAt) {
-			return false
+	return s.remove(key, func(stat fs.FileInfo) error {
+		if stat.ModTime().UnixNano() != storedAt.UnixNano() {
+			return cache.ErrNotFound
 		}
-		m, err := s.loadMemo(key)
-		return err != nil || !m.Pinned
+		switch m, err := s.loadMemo(key); {
+		case err == nil && m.pins():
+			return cache.ErrNotFound
+		case errors.Is(translate(err), cache.ErrOverloaded): // it may be pinned
+			return fmt.Errorf("look whether artifact %s is pinned: %w", key, err)
+		}
+		return nil
 	})
 }
 
-// remove removes an artifact if its file is the one that is meant.
-func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) bool) (diskSize int64, err error) {
+// remove removes an artifact, unless meant returns an error of its file.
+func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) error) (diskSize int64, err error) {
 	lock := s.aside.of(key.String())
 	lock.Lock()
 	defer lock.Unlock()
@@ -60,8 +66,11 @@ func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) bool) (diskSize
 		}
 		return 0, err
 	}
-	if !stat.Mode().IsRegular() || !meant(stat) {
+	if !stat.Mode().IsRegular() {
 		return 0, cache.ErrNotFound
+	}
+	if err := meant(stat); err != nil {
+		return 0, err
 	}
 	diskSize = s.diskSize(key, stat)
 	os.Remove(s.memoPath(key)) // while it can't be a new artifact's
@@ -144,8 +153,9 @@ func (s *Store) Look(key artifact.Key) (cache.Stored, bool, error) {
 	}
 	stored := cache.Stored{Info: artifact.Info{Key: key, Size: stat.Size(), StoredAt: stat.ModTime()}, DiskSize: s.diskSize(key, stat)}
 	if m, err := s.loadMemo(key); err == nil {
+		stored.Pinned = m.pins()
 		if info, lack := m.info(key, stat); lack == nil {
-			stored.Info, stored.Pinned = info, m.Pinned
+			stored.Info = info
 		}
 	}
 	return stored, true, nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -160,6 +161,9 @@ func TestPinIsKept(t *testing.T) {
 	// What is known of it is stale, as after a reboot of a server that does not sync.
 	at := info.StoredAt.Add(time.Second)
 	modified(t, r.path(zstName), at)
+	if looked, _, _ := r.store.Look(key); !looked.Pinned {
+		t.Error("Look does not return the pin of a stale memo")
+	}
 	r.serves(t, key, content)
 	info.StoredAt = lstat(t, r.path(zstName)).ModTime()
 	pinned("verified anew", true)
@@ -171,6 +175,59 @@ func TestPinIsKept(t *testing.T) {
 	pinned("of another artifact", false)
 	if err := r.store.Pin(t.Context(), keyOf("ffff"+digits[4:]), true); !errors.Is(err, cache.ErrNotFound) {
 		t.Errorf("Pin of a miss returned %v", err)
+	}
+}
+
+// TestPinBesideVerification pins and removes an artifact while somebody verifies it.
+func TestPinBesideVerification(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{})
+	info := r.put(t, key, content)
+	if err := r.store.Pin(t.Context(), key, true); err != nil {
+		t.Fatal(err)
+	}
+	if pinned, err := r.store.RenewMemo(info); err != nil || !pinned {
+		t.Errorf("a memo that is written anew says pinned %t, %v", pinned, err)
+	}
+	if looked, _, _ := r.store.Look(key); !looked.Pinned || looked.Info != info {
+		t.Errorf("then Look returns %+v", looked)
+	}
+	if _, err := r.store.Remove(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	if pinned, err := r.store.RenewMemo(info); err != nil || pinned {
+		t.Errorf("of what was removed: pinned %t, %v", pinned, err)
+	}
+	if _, err := os.Lstat(r.path(jsonName)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what was removed has a memo again: %v", err)
+	}
+}
+
+// TestEvictDamagedPin evicts an artifact whose memo says that it is pinned, but is damaged: nobody goes by it.
+func TestEvictDamagedPin(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{})
+	info := r.put(t, key, content)
+	text, err := os.ReadFile(r.path(jsonName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, r.path(jsonName), []byte(strings.Replace(string(text), `"checksum"`, `"pinned":true,"checksum"`, 1)))
+	if looked, found, _ := r.store.Look(key); !found || looked.Pinned {
+		t.Errorf("Look returns %+v, %t", looked, found)
+	}
+	if _, err := r.store.Evict(t.Context(), key, info.StoredAt); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestHugeUpload declares more bytes than can be counted.
+func TestHugeUpload(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{MaxStorage: 1 << 30, Stored: func() int64 { return 0 }})
+	upload, err := r.store.Create(t.Context(), key, math.MaxInt64)
+	if !errors.Is(err, cache.ErrNoSpace) {
+		t.Errorf("Create returned %v, want %v", err, cache.ErrNoSpace)
+	}
+	if err == nil {
+		upload.Abort()
 	}
 }
 

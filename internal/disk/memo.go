@@ -129,6 +129,22 @@ func (m memo) info(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
 	}, nil
 }
 
+// renewMemo writes the memo of an artifact that was verified again, if it is still what is stored, and says
+// whether it is pinned. Who pinned it meanwhile must not find that undone.
+func (s *Store) renewMemo(info artifact.Info, synced bool) (pinned bool, err error) {
+	lock := s.aside.of(info.Key.String())
+	lock.Lock()
+	defer lock.Unlock()
+	stat, err := os.Lstat(s.artifactPath(info.Key))
+	if err != nil || stat.Size() != info.Size || !stat.ModTime().Equal(info.StoredAt) {
+		return false, nil // it was removed, and its memo with it
+	}
+	if m, err := s.loadMemo(info.Key); err == nil {
+		pinned = m.pins()
+	}
+	return pinned, s.writeMemo(info, pinned, synced)
+}
+
 // writeMemo writes the memo of a stored artifact, so that readers see the old one or the new one. It
 // is not synced: a memo that a power cut tears is noticed and made anew. Whether the .zst is, synced says.
 func (s *Store) writeMemo(info artifact.Info, pinned, synced bool) error {
