@@ -100,7 +100,7 @@ func (r *importRun) into(cmd *cobra.Command, flags *importFlags) (err error) {
 	}
 	defer func() { err = errors.Join(err, r.store.Close()) }()
 	// What was imported a moment ago must not be evicted for what comes now.
-	limits := r.store.collector.Limits(0)
+	limits := r.store.collector.Limits()
 	limits.MakeRoom, limits.Low = nil, nil
 	r.store.Manage(r.store.index, limits)
 	r.cache = cache.New(r.store, verifier, cache.Config{MaxSize: r.maxSize})

@@ -128,7 +128,7 @@ func openStorage(config disk.Config, flags *retentionFlags, log *slog.Logger) (*
 		s := &storage{Store: store}
 		if s.index, err = index.Open(index.Config{Dir: store.OwnDir(), Log: log}); err == nil {
 			s.collector = retention.New(s.index, store, flags.policy(usage.Size), log)
-			store.Manage(s.index, s.collector.Limits(usage.Size))
+			store.Manage(s.index, s.collector.Limits())
 			return s, nil
 		}
 	}

@@ -299,7 +299,7 @@ func TestLimits(t *testing.T) {
 	r.store.Manage(w, disk.Limits{
 		MaxStorage: usage.Used + room,
 		Stored:     func() int64 { return stored },
-		LowRoom:    room / 4,
+		LowShare:   4,
 		Low:        func() { low++ },
 	})
 	first, err := r.store.Create(t.Context(), key, 40<<10)

@@ -42,9 +42,10 @@ type Limits struct {
 	Stored func() int64
 	// MakeRoom makes room for size bytes, or returns an error if that can't be. It may be nil.
 	MakeRoom func(ctx context.Context, size int64) error
-	// Low is told, and must not block, when Usage.Room falls below LowRoom. It may be nil.
-	Low     func()
-	LowRoom int64
+	// Low is told, and must not block, when Usage.Room falls below a LowShare-th of Usage.Capacity. It may be
+	// nil.
+	Low      func()
+	LowShare int64
 }
 
 // Usage is what a Store takes of the disk. All numbers are bytes.
@@ -55,6 +56,15 @@ type Usage struct {
 	Size, Free int64
 	// Room is how much more uploads may take: what neither limit forbids.
 	Room int64
+}
+
+// Capacity is how much everything in the directory may take, as the disk is used otherwise.
+func (u Usage) Capacity() int64 {
+	used := max(u.Used, 0)
+	if u.Room > math.MaxInt64-used {
+		return math.MaxInt64
+	}
+	return max(used+u.Room, 0)
 }
 
 // space accounts for what uploads in flight take, so that not all of them are promised the same space. What
@@ -113,7 +123,7 @@ func (s *space) tryPromise(size int64) (bool, error) {
 	}
 	s.inFlight += size
 	s.promised += size
-	if s.limits.Low != nil && usage.Room-size < s.limits.LowRoom {
+	if s.limits.Low != nil && usage.Room-size < usage.Capacity()/s.limits.LowShare {
 		s.limits.Low()
 	}
 	return true, nil

@@ -321,46 +321,6 @@ func TestStats(t *testing.T) {
 	}
 }
 
-func TestCandidates(t *testing.T) {
-	r := open(t, t.TempDir())
-	names := []string{"a", "b", "c", "d", "e", "f"}
-	for i, name := range names {
-		s := stored(name, "p", []string{"build", "test"}[i%2], 5, start.Add(time.Duration(i)*time.Hour))
-		s.Pinned = name == "b"
-		r.Stored(s)
-	}
-	r.flush(t)
-	byKey := map[artifact.Key]string{}
-	for _, name := range names {
-		byKey[cachetest.Key(name)] = name
-	}
-	for _, test := range []struct {
-		name string
-		of   index.Candidacy
-		want string
-	}{
-		{"all but the pinned one", index.Candidacy{Limit: 9}, "acdef"},
-		{"some", index.Candidacy{Limit: 2}, "ac"},
-		{"not used lately", index.Candidacy{UsedBefore: start.Add(3 * time.Hour), Limit: 9}, "ac"},
-		{"used lately", index.Candidacy{UsedSince: start.Add(3 * time.Hour), Limit: 9}, "def"},
-		{"beyond the last one", index.Candidacy{BeyondLast: 1, Limit: 9}, "acd"},
-		{"beyond the last two, where the pinned one counts", index.Candidacy{BeyondLast: 2, Limit: 9}, "a"},
-		{"not beyond the last two", index.Candidacy{NotBeyondLast: 2, Limit: 9}, "cdef"},
-		{"beyond three of three", index.Candidacy{BeyondLast: 3, Limit: 9}, ""},
-	} {
-		var got string
-		for e, err := range r.Candidates(t.Context(), test.of) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			got += byKey[e.Key]
-		}
-		if got != test.want {
-			t.Errorf("%s: got %q, want %q", test.name, got, test.want)
-		}
-	}
-}
-
 // directory is a Source whose files are in memory.
 type directory struct {
 	mu    sync.Mutex
@@ -793,7 +753,7 @@ func TestManyUses(t *testing.T) {
 		r.Hit(cachetest.Key(fmt.Sprint(i)))
 	}
 	used := func() (n int) {
-		for e, err := range r.Candidates(t.Context(), index.Candidacy{Limit: 2 * many}) { // which writes nothing
+		for e, err := range r.Candidates(t.Context(), index.Candidacy{}) { // which writes nothing
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"strings"
 	"time"
 
@@ -352,39 +353,76 @@ func (x *Index) groups(ctx context.Context, query string, args ...any) (groups [
 // Candidates are artifacts that may be evicted, those first that were not used the longest.
 type Candidates = iter.Seq2[Entry, error]
 
+// candidatesPage is how many candidates are read at a time.
+const candidatesPage = 500
+
 // Candidacy says which artifacts may be evicted. What is zero says nothing. Pinned ones are never among them.
 type Candidacy struct {
 	// UsedBefore is later than their last use, UsedSince is not.
 	UsedBefore, UsedSince time.Time
 	// BeyondLast says that as many newer ones of their task are stored, or more; NotBeyondLast that they are
-	// not.
+	// not. What was not used since UsedSince does not count among the newer ones, unless it is pinned.
 	BeyondLast, NotBeyondLast int
-	// Limit is the most candidates.
-	Limit int
 }
 
 // beyondLast selects the ids of artifacts whose task has as many newer ones as are given. Only tasks that
 // have more are looked at. Of what was not verified yet nobody knows the task.
 const beyondLast = `(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY task_id ORDER BY stored_at DESC, id DESC) AS place
-	FROM artifacts WHERE hash IS NOT NULL AND task_id IN (SELECT id FROM tasks WHERE artifacts > ?)) WHERE place > ?)`
+	FROM artifacts WHERE hash IS NOT NULL AND (used_at >= ? OR pinned) AND task_id IN (SELECT id FROM tasks WHERE artifacts > ?)) WHERE place > ?)`
 
-// Candidates returns artifacts that may be evicted.
+// Candidates returns artifacts that may be evicted. It reads them in parts, so whoever goes through them may
+// take long.
 func (x *Index) Candidates(ctx context.Context, q Candidacy) Candidates {
+	return func(yield func(Entry, error) bool) {
+		var last *Entry
+		for n := candidatesPage; n == candidatesPage; {
+			n = 0
+			for e, err := range x.candidates(ctx, q, last) {
+				if !yield(e, err) || err != nil {
+					return
+				}
+				n++
+				last = &e
+			}
+		}
+	}
+}
+
+// candidates returns the next page of candidates behind the last one.
+func (x *Index) candidates(ctx context.Context, q Candidacy, last *Entry) Candidates {
 	c := &condition{}
 	c.and("a.pinned = 0")
 	if !q.UsedBefore.IsZero() {
 		c.and("a.used_at < ?", q.UsedBefore.UnixNano())
 	}
+	since := int64(math.MinInt64)
 	if !q.UsedSince.IsZero() {
-		c.and("a.used_at >= ?", q.UsedSince.UnixNano())
+		since = q.UsedSince.UnixNano()
+		c.and("a.used_at >= ?", since)
 	}
 	if q.BeyondLast > 0 {
-		c.and("a.id IN "+beyondLast, q.BeyondLast, q.BeyondLast)
+		c.and("a.id IN "+beyondLast, since, q.BeyondLast, q.BeyondLast)
 	}
 	if q.NotBeyondLast > 0 {
-		c.and("a.id NOT IN "+beyondLast, q.NotBeyondLast, q.NotBeyondLast)
+		c.and("a.id NOT IN "+beyondLast, since, q.NotBeyondLast, q.NotBeyondLast)
 	}
-	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at LIMIT ?", entryColumns, c), append(c.args, q.Limit)...)
+	if last != nil {
+		c.and("(a.used_at, a.id) > (?, ?)", last.UsedAt.UnixNano(), last.id)
+	}
+	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at, a.id LIMIT ?", entryColumns, c), append(c.args, candidatesPage)...)
+}
+
+// CorrectUses makes what was used later than now used now. A clock that was wrong said so, or a file's time
+// did; it would not be evicted until then.
+func (x *Index) CorrectUses(ctx context.Context) error {
+	x.db.RLock()
+	defer x.db.RUnlock()
+	if x.writer == nil {
+		return errClosed
+	}
+	now := time.Now().UnixNano()
+	_, err := x.writer.ExecContext(ctx, "UPDATE artifacts SET used_at = ? WHERE used_at > ?", now, now)
+	return err
 }
 
 // Stats are what GetStats returns.

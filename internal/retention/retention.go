@@ -6,9 +6,9 @@
 // artifacts; then, until everything fits, what is in quarantine, and what was not used the longest. Pinned
 // artifacts are never removed.
 //
-// Room is made before it is needed: when less than a hundredth of what may be used is left, artifacts are
-// evicted until it is a fiftieth, so that uploads find room without waiting. Only one that needs more at once
-// waits, until that much is evicted. Downloads that have begun keep their artifact until they end.
+// Room is made before it is needed: when less than a hundredth of what everything here may take is left,
+// artifacts are evicted until it is a fiftieth, so that uploads find room without waiting. Only one that needs
+// more at once waits, until that much is evicted. Downloads that have begun keep their artifact until they end.
 package retention
 
 import (
@@ -73,12 +73,14 @@ type Store interface {
 }
 
 const (
+	// unlimited is how much room there is without a limit.
+	unlimited = math.MaxInt64
 	// interval is how often is looked for what is too old.
 	interval = time.Minute
-	// page is how many candidates are asked for at a time.
+	// page is how many artifacts are removed at a time.
 	page = 500
-	// lowShare and enoughShare are the parts of what may be used that are free when eviction begins, and
-	// when it ends.
+	// lowShare and enoughShare are the parts of what everything may take that are free when eviction begins,
+	// and when it ends.
 	lowShare, enoughShare = 100, 50
 )
 
@@ -97,6 +99,7 @@ type Collector struct {
 	log    *slog.Logger
 	store  Store
 	low    chan struct{} // told when there is little room
+	short  bool          // Run said that there is too little, and nothing to evict
 	mu     sync.Mutex    // held while artifacts are removed
 }
 
@@ -105,8 +108,8 @@ func New(x *index.Index, store Store, policy Policy, log *slog.Logger) *Collecto
 	return &Collector{index: x, policy: policy, log: log, store: store, low: make(chan struct{}, 1)}
 }
 
-// Limits returns the limits that the store needs on a file system of a size.
-func (c *Collector) Limits(fileSystem int64) disk.Limits {
+// Limits returns the limits that the store needs.
+func (c *Collector) Limits() disk.Limits {
 	return disk.Limits{
 		MaxStorage: c.policy.MaxStorage,
 		MinFree:    c.policy.MinFree,
@@ -118,17 +121,8 @@ func (c *Collector) Limits(fileSystem int64) disk.Limits {
 			default: // told already
 			}
 		},
-		LowRoom: c.policy.capacity(fileSystem) / lowShare,
+		LowShare: lowShare,
 	}
-}
-
-// capacity is how many bytes may be used at all, on a file system of size bytes.
-func (p Policy) capacity(size int64) int64 {
-	capacity := size - p.MinFree
-	if p.MaxStorage > 0 {
-		capacity = min(capacity, p.MaxStorage)
-	}
-	return max(capacity, 0)
 }
 
 // Policy returns the policy that Run goes by.
@@ -167,10 +161,25 @@ func (c *Collector) tidy(ctx context.Context) (err error) {
 	for {
 		removals, left, err := c.collect(ctx, c.policy, Policy.target, page)
 		c.logRemovals(removals)
-		if left != some || err != nil {
-			return err
+		if left == some && err == nil {
+			continue
 		}
+		if left == nothing && !c.short {
+			c.warnOfLack()
+		}
+		c.short = left == nothing
+		return err
 	}
+}
+
+// warnOfLack says that there is less room than there should be, though all is evicted that may be.
+func (c *Collector) warnOfLack() {
+	usage, err := c.store.Usage()
+	if err != nil {
+		return // as was said
+	}
+	c.log.Warn("there is too little room, and nothing that may be evicted; uploads are refused as soon as there is none: free some of the disk, unpin artifacts, or set other limits",
+		"room", usage.Room, "used", usage.Used, "max_storage", c.policy.MaxStorage, "free", usage.Free, "min_free", c.policy.MinFree)
 }
 
 // emptyQuarantine removes what is older from the quarantine, and what is needed.
@@ -186,8 +195,8 @@ func (c *Collector) emptyQuarantine(before time.Time, atLeast int64) {
 
 // target returns how many bytes of room are enough, if there is less than the low mark.
 func (p Policy) target(u disk.Usage) int64 {
-	capacity := p.capacity(u.Size)
-	if room, _ := p.room(u); room < capacity/lowShare {
+	u.Room, _ = p.room(u)
+	if capacity := u.Capacity(); u.Room < capacity/lowShare {
 		return capacity / enoughShare
 	}
 	return 0
@@ -196,7 +205,7 @@ func (p Policy) target(u disk.Usage) int64 {
 // room is how many bytes more may be used, and what forbids to use more than that. It is negative if too
 // much is used. Nothing is evicted for a full disk if none of it must be free.
 func (p Policy) room(u disk.Usage) (int64, Reason) {
-	room, reason := int64(math.MaxInt64), Reason(0)
+	room, reason := int64(unlimited), Reason(0)
 	if p.MinFree > 0 {
 		room, reason = u.Free-p.MinFree, MinFree
 	}
@@ -220,10 +229,14 @@ func (c *Collector) logRemovals(removals []Removal) {
 
 // makeRoom makes room for size bytes. Nothing is evicted for what can never have room.
 func (c *Collector) makeRoom(ctx context.Context, size int64) error {
+	var failed error // to evict something
 	for {
 		usage, err := c.store.Usage()
 		if err != nil || usage.Room >= size {
 			return err
+		}
+		if failed != nil {
+			return failed
 		}
 		if most := usage.Room + c.index.ArtifactsDiskSize() + c.quarantined(); size > most {
 			return fmt.Errorf("%d bytes more are needed, and there would be %d if everything was evicted", size, most)
@@ -232,14 +245,11 @@ func (c *Collector) makeRoom(ctx context.Context, size int64) error {
 			return errors.New("the disk is full, and nothing is evicted for that")
 		}
 		removals, left, err := c.collect(ctx, c.policy, func(Policy, disk.Usage) int64 { return size }, page)
-		if err != nil {
-			return err
-		}
 		c.logRemovals(removals)
-		if left == nothing {
-			return errors.New("all that may be removed is removed")
+		if failed = err; left == nothing {
+			failed = cmp.Or(err, errors.New("all that may be removed is removed"))
 		}
-		// Others may have had what was freed, so look once more.
+		// Others may have had what was freed, or freed more, so look once more.
 	}
 }
 
@@ -279,43 +289,40 @@ func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Poli
 	if err != nil {
 		return nil, enough, err
 	}
-	room, sums, visited := wanted(policy, usage), summary{}, 0
+	room, sums := wanted(policy, usage), summary{}
 	if is, _ := policy.room(usage); is < room {
 		c.emptyQuarantine(time.Time{}, room-is)
 	}
 	failures, failed := 0, error(nil) // of removing one, and the first
-	lack, err := c.each(ctx, policy, limit, false, func() (int64, Reason, error) {
+	left, err := c.each(ctx, policy, limit, false, func() (int64, Reason, error) {
 		usage, err := c.store.Usage()
 		is, reason := policy.room(usage)
 		return room - is, reason, err
-	}, func(e index.Entry, reason Reason) error {
-		visited++
+	}, func(e index.Entry, reason Reason) (removed bool, err error) {
 		if c.index.InUse(e.Key) {
-			return nil
+			return false, nil
 		}
 		size, err := c.store.Evict(ctx, e.Key, e.StoredAt)
 		if errors.Is(err, cache.ErrNotFound) { // which the index did not know
 			if _, err = c.index.Recheck(c.store, e.Key); err == nil {
-				return nil
+				return false, nil
 			}
 		}
 		if err != nil { // which must not keep others from being removed
-			c.log.Error("could not evict an artifact", "key", e.Key, "error", err)
 			failures, failed = failures+1, cmp.Or(failed, err)
-			return nil
+			return false, nil
 		}
 		c.index.Evicted(e, size)
 		sums.add(e, reason, size)
-		return nil
+		return true, nil
 	})
-	switch {
-	case visited >= limit && failures < visited:
-		return sums.removals(), some, err
-	case visited >= limit, lack:
-		return sums.removals(), nothing, cmp.Or(err, failed)
-	default:
-		return sums.removals(), enough, err
+	if failures > 0 {
+		c.log.Error("could not evict artifacts", "artifacts", failures, "error", failed)
 	}
+	if left != some { // or else others went instead
+		err = cmp.Or(err, failed)
+	}
+	return sums.removals(), left, err
 }
 
 // Plan returns what Collect would remove if it had no limit.
@@ -329,88 +336,106 @@ func (c *Collector) Plan(ctx context.Context, policy Policy) ([]Removal, error) 
 	if err != nil {
 		return nil, err
 	}
+	free := func(size int64) {
+		usage.Used -= size
+		if usage.Free < unlimited-size { // or the file system does not tell
+			usage.Free += size
+		}
+	}
 	if room, _ := policy.room(usage); room < 0 { // what is there goes first
 		for _, q := range quarantined {
-			usage.Used -= q.DiskSize
-			usage.Free += q.DiskSize
+			free(q.DiskSize)
 		}
 	}
 	sums := summary{}
 	_, err = c.each(ctx, policy, math.MaxInt, true, func() (int64, Reason, error) {
 		room, reason := policy.room(usage)
 		return -room, reason, nil
-	}, func(e index.Entry, reason Reason) error {
-		usage.Used -= e.DiskSize
-		usage.Free += e.DiskSize
+	}, func(e index.Entry, reason Reason) (bool, error) {
+		free(e.DiskSize)
 		sums.add(e, reason, e.DiskSize)
-		return nil
+		return true, nil
 	})
 	return sums.removals(), err
 }
 
 // flush lets the index know what happened last. It answers without that, too.
 func (c *Collector) flush(ctx context.Context) {
-	if err := c.index.Flush(ctx); err != nil && ctx.Err() == nil {
+	err := c.index.Flush(ctx)
+	if err == nil {
+		err = c.index.CorrectUses(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
 		c.log.Warn("what goes first is told by an index that is not the newest, since it can't be written", "error", err)
 	}
 }
 
-// each visits at most limit artifacts that a policy does not keep, in the order in which they go. lacking
-// says how many bytes of room there are too few, and for what reason. If nothing is removed meanwhile, as
-// planned says, what was visited for one reason is told apart from what is left for the next. It returns
-// whether room still lacks when nothing is left.
-func (c *Collector) each(ctx context.Context, policy Policy, limit int, planned bool, lacking func() (int64, Reason, error), visit func(index.Entry, Reason) error) (bool, error) {
-	visited := 0
-	all := func(candidates index.Candidates, reason Reason) error {
-		for e, err := range candidates {
-			if err == nil {
-				visited++
-				err = visit(e, reason)
-			}
+// each visits artifacts that a policy does not keep, in the order in which they go, until so many are removed
+// as limit says; visit says whether one is. lacking says how many bytes of room there are too few, and for what
+// reason. If nothing is removed meanwhile, as planned says, what was visited for one reason is told apart from
+// what is left for the next.
+func (c *Collector) each(ctx context.Context, policy Policy, limit int, planned bool, lacking func() (int64, Reason, error), visit func(index.Entry, Reason) (removed bool, err error)) (left, error) {
+	removed := 0
+	// all visits candidates until enough are removed.
+	all := func(candidates index.Candidacy, reason Reason) error {
+		for e, err := range c.index.Candidates(ctx, candidates) {
 			if err != nil {
 				return err
+			}
+			gone, err := visit(e, reason)
+			if err != nil {
+				return err
+			}
+			if gone {
+				removed++
+			}
+			if removed >= limit {
+				return nil
 			}
 		}
 		return nil
 	}
 	rest := index.Candidacy{}
 	if policy.MaxAge > 0 {
-		old := index.Candidacy{UsedBefore: time.Now().Add(-policy.MaxAge), Limit: limit}
-		if err := all(c.index.Candidates(ctx, old), MaxAge); err != nil {
-			return false, err
+		old := index.Candidacy{UsedBefore: time.Now().Add(-policy.MaxAge)}
+		if err := all(old, MaxAge); err != nil || removed >= limit {
+			return some, err
 		}
 		rest.UsedSince = old.UsedBefore
 	}
-	if policy.KeepLast > 0 && visited < limit {
+	if policy.KeepLast > 0 {
 		beyond := rest
-		beyond.BeyondLast, beyond.Limit = policy.KeepLast, limit-visited
-		if err := all(c.index.Candidates(ctx, beyond), KeepLast); err != nil {
-			return false, err
+		beyond.BeyondLast = policy.KeepLast
+		if err := all(beyond, KeepLast); err != nil || removed >= limit {
+			return some, err
 		}
 		if planned {
 			rest.NotBeyondLast = policy.KeepLast
 		}
 	}
-	if visited >= limit {
-		return false, nil
-	}
-	rest.Limit = limit - visited
 	lack, reason, err := lacking()
 	if err != nil || lack <= 0 {
-		return false, err
+		return enough, err
 	}
 	for e, err := range c.index.Candidates(ctx, rest) {
+		var gone bool
 		if err == nil {
-			err = visit(e, reason)
+			gone, err = visit(e, reason)
 		}
-		if err == nil {
+		if gone && err == nil {
+			removed++
 			lack, reason, err = lacking()
 		}
-		if err != nil || lack <= 0 {
-			return false, err
+		switch {
+		case err != nil:
+			return enough, err
+		case lack <= 0:
+			return enough, nil
+		case removed >= limit:
+			return some, nil
 		}
 	}
-	return true, nil
+	return nothing, nil
 }
 
 // summary sums removals up.

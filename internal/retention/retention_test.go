@@ -46,11 +46,7 @@ func newRig(t *testing.T, policy retention.Policy) rig {
 	}
 	t.Cleanup(func() { r.index.Close() })
 	r.Collector = retention.New(r.index, r.store, policy, log)
-	usage, err := r.store.Usage()
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.store.Manage(r.index, r.Limits(usage.Size))
+	r.store.Manage(r.index, r.Limits())
 	return r
 }
 

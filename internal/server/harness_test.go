@@ -165,7 +165,7 @@ func (s *testServer) manage(t testing.TB, store *disk.Store, policy retention.Po
 		}
 	})
 	collector := retention.New(s.index, store, policy, slog.New(s.log))
-	store.Manage(s.index, collector.Limits(1<<40))
+	store.Manage(s.index, collector.Limits())
 	s.management = &server.Management{Index: s.index, Collector: collector, Storage: store}
 }
 

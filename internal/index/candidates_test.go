@@ -1,0 +1,133 @@
+package index_test
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cachetest"
+	"github.com/polykit/polykit-cache/internal/index"
+)
+
+func TestCandidates(t *testing.T) {
+	r := open(t, t.TempDir())
+	names := []string{"a", "b", "c", "d", "e", "f"}
+	for i, name := range names {
+		s := stored(name, "p", []string{"build", "test"}[i%2], 5, start.Add(time.Duration(i)*time.Hour))
+		s.Pinned = name == "b"
+		r.Stored(s)
+	}
+	r.flush(t)
+	for _, test := range []struct {
+		name string
+		of   index.Candidacy
+		want string
+	}{
+		{"all but the pinned one", index.Candidacy{}, "acdef"},
+		{"beyond the last one that was used lately", index.Candidacy{UsedSince: start.Add(3 * time.Hour), BeyondLast: 1}, "d"},
+		{"not used lately", index.Candidacy{UsedBefore: start.Add(3 * time.Hour)}, "ac"},
+		{"used lately", index.Candidacy{UsedSince: start.Add(3 * time.Hour)}, "def"},
+		{"beyond the last one", index.Candidacy{BeyondLast: 1}, "acd"},
+		{"beyond the last two, where the pinned one counts", index.Candidacy{BeyondLast: 2}, "a"},
+		{"not beyond the last two", index.Candidacy{NotBeyondLast: 2}, "cdef"},
+		{"beyond three of three", index.Candidacy{BeyondLast: 3}, ""},
+	} {
+		got := r.candidates(t, test.of, names...)
+		if got != test.want {
+			t.Errorf("%s: got %q, want %q", test.name, got, test.want)
+		}
+	}
+}
+
+// TestCandidatesOfNewer has newer artifacts that go, or stay, for another reason.
+func TestCandidatesOfNewer(t *testing.T) {
+	r := open(t, t.TempDir())
+	names := []string{"a", "b", "c", "d"}
+	for i, name := range names { // those that were stored later were used earlier
+		s := stored(name, "p", "build", 5, start.Add(time.Duration(i)*time.Hour))
+		s.Pinned = name == "c"
+		r.Stored(s)
+	}
+	for _, name := range names[:2] {
+		r.Used(cachetest.Key(name))
+	}
+	r.flush(t)
+	since := index.Candidacy{UsedSince: start.Add(24 * time.Hour), BeyondLast: 1} // d was not, but c is pinned
+	if got := r.candidates(t, since, names...); got != "ab" {
+		t.Errorf("beyond the last one are %q", got)
+	}
+	since.BeyondLast = 2
+	if got := r.candidates(t, since, names...); got != "a" {
+		t.Errorf("beyond the last two are %q", got)
+	}
+	since.BeyondLast, since.NotBeyondLast = 0, 2
+	if got := r.candidates(t, since, names...); got != "b" {
+		t.Errorf("not beyond the last two are %q", got)
+	}
+}
+
+// candidates returns the candidates, by the names that cachetest made keys of.
+func (r rig) candidates(t *testing.T, of index.Candidacy, names ...string) string {
+	t.Helper()
+	byKey := map[artifact.Key]string{}
+	for _, name := range names {
+		byKey[cachetest.Key(name)] = name
+	}
+	var got string
+	for e, err := range r.Candidates(t.Context(), of) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += byKey[e.Key]
+	}
+	return got
+}
+
+// TestManyCandidates reads more candidates than at a time, also those that were used at the same moment, while they go.
+func TestManyCandidates(t *testing.T) {
+	r := open(t, t.TempDir())
+	const n = 1100
+	want := map[artifact.Key]bool{}
+	for i := range n {
+		s := stored(fmt.Sprint(i), "p", "t", 5, start.Add(time.Duration(i/600)*time.Hour))
+		r.Stored(s)
+		want[s.Key] = true
+	}
+	r.flush(t)
+	var last time.Time
+	for e, err := range r.Candidates(t.Context(), index.Candidacy{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.UsedAt.Before(last) || !want[e.Key] {
+			t.Fatalf("%s comes again, or not in its order", e.Key)
+		}
+		last = e.UsedAt
+		delete(want, e.Key)
+		r.Removed(e.Key, e.DiskSize)
+	}
+	if len(want) > 0 {
+		t.Errorf("%d of %d are missing", len(want), n)
+	}
+}
+
+// TestCorrectUses has artifacts that were used in the future, as a clock said that was wrong.
+func TestCorrectUses(t *testing.T) {
+	r := open(t, t.TempDir())
+	future := time.Now().Add(1000 * time.Hour)
+	r.Stored(stored("future", "p", "t", 5, future))
+	r.Stored(stored("past", "p", "t", 5, start))
+	r.flush(t)
+	before := time.Now()
+	if err := r.CorrectUses(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	all := r.all(t)
+	if e := all[cachetest.Key("future")]; e.UsedAt.Before(before) || e.UsedAt.After(time.Now()) || !e.StoredAt.Equal(future) {
+		t.Errorf("there is %+v", e)
+	}
+	if e := all[cachetest.Key("past")]; !e.UsedAt.Equal(start) {
+		t.Errorf("there is %+v", e)
+	}
+}
