@@ -87,10 +87,10 @@ func (r rig) candidates(t *testing.T, of index.Candidacy, names ...string) strin
 // TestManyCandidates reads more candidates than at a time, also those that were used at the same moment, while they go.
 func TestManyCandidates(t *testing.T) {
 	r := open(t, t.TempDir())
-	const n = 1100
+	const n = 1600
 	want := map[artifact.Key]bool{}
 	for i := range n {
-		s := stored(fmt.Sprint(i), "p", "t", 5, start.Add(time.Duration(i/600)*time.Hour))
+		s := stored(fmt.Sprint(i), "p", "t", 5, start.Add(time.Duration(i/700)*time.Hour))
 		r.Stored(s)
 		want[s.Key] = true
 	}

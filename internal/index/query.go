@@ -353,8 +353,9 @@ func (x *Index) groups(ctx context.Context, query string, args ...any) (groups [
 // Candidates are artifacts that may be evicted, those first that were not used the longest.
 type Candidates = iter.Seq2[Entry, error]
 
-// candidatesPage is how many candidates are read at a time.
-const candidatesPage = 500
+// firstCandidates is how many candidates are read at first. Each part has twice as many as the one before, for
+// what is beyond the last ones is found anew for each, but no more than mostCandidates, which takes memory.
+const firstCandidates, mostCandidates = 500, 50_000
 
 // Candidacy says which artifacts may be evicted. What is zero says nothing. Pinned ones are never among them.
 type Candidacy struct {
@@ -375,21 +376,24 @@ const beyondLast = `(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY 
 func (x *Index) Candidates(ctx context.Context, q Candidacy) Candidates {
 	return func(yield func(Entry, error) bool) {
 		var last *Entry
-		for n := candidatesPage; n == candidatesPage; {
-			n = 0
-			for e, err := range x.candidates(ctx, q, last) {
+		for limit := firstCandidates; ; limit = min(2*limit, mostCandidates) {
+			n := 0
+			for e, err := range x.candidates(ctx, q, last, limit) {
 				if !yield(e, err) || err != nil {
 					return
 				}
 				n++
 				last = &e
 			}
+			if n < limit {
+				return
+			}
 		}
 	}
 }
 
-// candidates returns the next page of candidates behind the last one.
-func (x *Index) candidates(ctx context.Context, q Candidacy, last *Entry) Candidates {
+// candidates returns the next candidates behind the last one.
+func (x *Index) candidates(ctx context.Context, q Candidacy, last *Entry, limit int) Candidates {
 	c := &condition{}
 	c.and("a.pinned = 0")
 	if !q.UsedBefore.IsZero() {
@@ -409,7 +413,7 @@ func (x *Index) candidates(ctx context.Context, q Candidacy, last *Entry) Candid
 	if last != nil {
 		c.and("(a.used_at, a.id) > (?, ?)", last.UsedAt.UnixNano(), last.id)
 	}
-	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at, a.id LIMIT ?", entryColumns, c), append(c.args, candidatesPage)...)
+	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at, a.id LIMIT ?", entryColumns, c), append(c.args, limit)...)
 }
 
 // CorrectUses makes what was used later than now used now. A clock that was wrong said so, or a file's time
