@@ -159,6 +159,10 @@ func (x *Index) freshen(ctx context.Context) {
 	}
 }
 
+// maxTextSize is how many bytes the names and commands of a page of a list have at most, unless it is a single
+// entry. Clients chose them, and a page with the longest would have a hundred times as many.
+const maxTextSize = 1 << 20
+
 // List returns the next entries of a list and, if there may be more, the cursor for them. An error wraps
 // ErrInvalidCursor if the cursor is of another list.
 func (x *Index) List(ctx context.Context, q Query) (entries []Entry, next string, err error) {
@@ -178,15 +182,19 @@ func (x *Index) List(ctx context.Context, q Query) (entries []Entry, next string
 		}
 		c.and(fmt.Sprintf("(a.%s, a.id) %s (?, ?)", q.Order, beyond), after.Value, after.ID)
 	}
+	text := 0 // bytes
 	query := fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.%s %s, a.id %[4]s LIMIT ?", entryColumns, c, q.Order, direction)
 	for e, err := range x.entries(ctx, query, append(c.args, q.Limit+1)...) {
 		if err != nil {
 			return nil, "", err
 		}
 		entries = append(entries, e)
+		if text += len(e.PackageName) + len(e.TaskName) + len(e.Command); text > maxTextSize && len(entries) > 1 {
+			break
+		}
 	}
-	if len(entries) > q.Limit {
-		entries = entries[:q.Limit]
+	if len(entries) > q.Limit || text > maxTextSize && len(entries) > 1 {
+		entries = entries[:len(entries)-1]
 		last := entries[len(entries)-1]
 		text, err := json.Marshal(cursor{q.fingerprint(), q.value(last), last.id})
 		if err != nil {
@@ -454,7 +462,7 @@ type TaskStats struct {
 	Usage Usage
 }
 
-// Stats returns statistics, with at most maxTasks tasks.
+// Stats returns statistics, with at most maxTasks tasks, or as many as have maxTextSize bytes of names.
 func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 	x.freshen(ctx)
 	x.mu.Lock()
@@ -468,13 +476,17 @@ func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 	if err != nil {
 		return s, err
 	}
+	text := 0 // bytes
 	err = x.rows(ctx, `SELECT package, task, artifacts, size, uncompressed_size, disk_size, hits, misses, stored, evicted, evicted_disk_size
 		FROM tasks ORDER BY disk_size DESC, package, task LIMIT ?`, []any{maxTasks}, func(scan func(...any) error) (bool, error) {
 		var t TaskStats
 		err := scan(&t.PackageName, &t.TaskName, &t.Artifacts, &t.Size, &t.UncompressedSize, &t.DiskSize,
 			&t.Usage.Hits, &t.Usage.Misses, &t.Usage.Stored, &t.Usage.Evicted, &t.Usage.EvictedDiskSize)
+		if text += len(t.PackageName) + len(t.TaskName); err != nil || text > maxTextSize {
+			return false, err
+		}
 		s.Tasks = append(s.Tasks, t)
-		return true, err
+		return true, nil
 	})
 	return s, err
 }

@@ -85,7 +85,7 @@ func (a answer) content() []byte { return bytes.Join(a.chunks, nil) }
 // TestAPI holds the server to its contract over every mouth. TLS makes little difference, so that the
 // mouths of a server that speaks it take turns.
 func TestAPI(t *testing.T) {
-	for i, c := range slices.Concat(putCases(), getCases(), methodCases(), managementCases(), routeCases(), faultCases()) {
+	for i, c := range slices.Concat(putCases(), getCases(), methodCases(), managementCases(), deleteCases(), routeCases(), faultCases()) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			for _, m := range append(mouths[:len(mouths):len(mouths)], tlsMouths[i%len(tlsMouths)]) {

@@ -24,6 +24,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -335,7 +336,13 @@ func (s *Server) newREST() http.Handler {
 		})
 	}
 	mux.HandleFunc("/", s.noRoute)
+	var origins http.CrossOriginProtection
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Any page can have a browser send a POST, to a server on this machine too.
+		if err := origins.Check(r); err != nil {
+			s.refuse(w, r, fmt.Errorf("%w: %w", errCrossOrigin, err))
+			return
+		}
 		// The mux refuses it without a word.
 		if r.RequestURI == "*" {
 			s.noRoute(w, r)
@@ -388,12 +395,32 @@ func (s *Server) newGateway() http.Handler {
 			s.refuse(w, r, err)
 			return
 		}
+		if r.Body != http.NoBody {
+			r.Body = &boundedBody{ReadCloser: r.Body, left: maxMessageSize}
+		}
 		if r.Method == http.MethodHead { // net/http leaves the body out
 			r = r.Clone(r.Context())
 			r.Method = http.MethodGet
 		}
 		gateway.ServeHTTP(w, r)
 	})
+}
+
+// boundedBody is the body of a request that the gateway reads, and keeps, as a whole. Who reads on after the
+// error gets the rest, to throw it away.
+type boundedBody struct {
+	io.ReadCloser
+	left int // bytes
+}
+
+func (b *boundedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	before := b.left
+	b.left -= min(n, before+1)
+	if before >= 0 && b.left < 0 {
+		return 0, fmt.Errorf("the body has more than %d bytes", maxMessageSize)
+	}
+	return n, err
 }
 
 // healthz says that the process serves requests.

@@ -25,6 +25,7 @@ var (
 	errDraining       = errors.New("the server is shutting down")
 	errNoRoute        = errors.New("there is nothing at this path")
 	errMethod         = errors.New("the method is not allowed here")
+	errCrossOrigin    = errors.New("a web page of another site must not change what is stored")
 )
 
 // fault is how clients are told of an error.
@@ -42,6 +43,7 @@ var faults = []fault{
 	{artifact.ErrInvalidKey, codes.InvalidArgument, "INVALID_CACHE_KEY", http.StatusBadRequest, ""},
 	{errInvalidRequest, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
 	{cache.ErrSizeMismatch, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
+	{errCrossOrigin, codes.PermissionDenied, "PERMISSION_DENIED", http.StatusForbidden, "A web page of another site must not change what is stored"},
 	{cache.ErrNotFound, codes.NotFound, "ARTIFACT_NOT_FOUND", http.StatusNotFound, "Artifact not found"},
 	{cache.ErrExists, codes.AlreadyExists, "ARTIFACT_EXISTS", http.StatusConflict, ""},
 	{cache.ErrTooLarge, codes.ResourceExhausted, "ARTIFACT_TOO_LARGE", http.StatusRequestEntityTooLarge, ""},

@@ -2,6 +2,7 @@ package index_test
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -129,5 +130,42 @@ func TestCorrectUses(t *testing.T) {
 	}
 	if e := all[cachetest.Key("past")]; !e.UsedAt.Equal(start) {
 		t.Errorf("there is %+v", e)
+	}
+}
+
+// TestListOfLongTexts lists artifacts whose names and commands are long: each page has fewer, and each artifact comes
+// once. Of statistics there is only so much.
+func TestListOfLongTexts(t *testing.T) {
+	r := open(t, t.TempDir())
+	var names []string
+	for i := range 5 {
+		names = append(names, fmt.Sprint(i))
+		s := stored(names[i], strings.Repeat("p", 400<<10)+names[i], "t", 5, start.Add(time.Duration(i)))
+		if i == 3 { // too long for any page
+			s.Command = strings.Repeat("c", 2<<20)
+		}
+		r.Stored(s)
+	}
+	r.flush(t)
+	var pages []int
+	found := map[artifact.Key]bool{}
+	for q := (index.Query{Limit: 1000}); ; {
+		entries, next, err := r.List(t.Context(), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages = append(pages, len(entries))
+		for _, e := range entries {
+			found[e.Key] = true
+		}
+		if q.After = next; next == "" {
+			break
+		}
+	}
+	if fmt.Sprint(pages) != "[2 1 1 1]" || len(found) != len(names) {
+		t.Errorf("pages have %d artifacts, and there are %d", pages, len(found))
+	}
+	if stats := r.stats(t); len(stats.Tasks) != 2 || stats.TaskCount != 5 {
+		t.Errorf("there are statistics of %d tasks of %d", len(stats.Tasks), stats.TaskCount)
 	}
 }
