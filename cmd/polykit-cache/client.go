@@ -213,6 +213,19 @@ func formatAge(t *timestamppb.Timestamp) string {
 // orDash is printable of what may not be known.
 func orDash(text string) string { return cmp.Or(printable(text), "-") }
 
+// maxNameLength is how many characters of a name are in a table: clients chose it, and a long one would push the
+// columns behind it out of sight.
+const maxNameLength = 60
+
+// formatName is orDash of a name in a table. What is left out of a long one an ellipsis stands for.
+func formatName(name string) string {
+	name = orDash(name)
+	if runes := []rune(name); len(runes) > maxNameLength {
+		return string(runes[:maxNameLength-1]) + "…"
+	}
+	return name
+}
+
 // printable returns text that somebody else wrote, without what a terminal might obey.
 func printable(text string) string {
 	unprintable := func(r rune) bool { return !unicode.IsPrint(r) }

@@ -91,16 +91,23 @@ func (t *timeFlag) String() string {
 
 func (t *timeFlag) Set(text string) error {
 	if back, err := time.ParseDuration(text); err == nil && back >= 0 {
-		t.at = time.Now().Add(-back)
-		return nil
+		return t.set(time.Now().Add(-back))
 	}
 	for _, layout := range []string{time.RFC3339, time.DateOnly} {
 		if at, err := time.ParseInLocation(layout, text, time.Local); err == nil {
-			t.at = at
-			return nil
+			return t.set(at)
 		}
 	}
 	return errors.New("not a duration back from now such as 24h, a date such as 2026-01-31, or a time such as 2026-01-31T12:00:00Z")
+}
+
+// set sets a time, which must be one that a server takes: the zero time would count as not given.
+func (t *timeFlag) set(at time.Time) error {
+	if year := at.UTC().Year(); year < 1970 || year >= 2262 {
+		return errors.New("not a time from 1970 to 2261")
+	}
+	t.at = at
+	return nil
 }
 
 func (t *timeFlag) Type() string { return "time" }

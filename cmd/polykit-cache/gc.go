@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/proto"
@@ -33,8 +34,11 @@ know all of it, as after a crash, it goes through the directory first.
 
 It prints how many artifacts of which package and task were removed, what that frees on the disk,
 and the flag that is the reason; or with --json one object, as POST /v1/artifacts:collectGarbage
-answers it, with removals. --dry-run only says what would be removed. If something fails in the
-middle, it prints what it knows to be removed; the same command, run again, removes the rest.`
+answers it, with removals. If something fails in the middle, it prints what it knows to be
+removed; the same command, run again, removes the rest.
+
+--dry-run only says what would be removed. For --max-storage and --min-free that may be a little
+more than is removed then, since directories that become empty free some room as well.`
 
 const gcExample = `  polykit-cache gc --dry-run
   polykit-cache gc --max-age 720h --keep-last 5
@@ -125,7 +129,7 @@ func (g *gcFlags) policy(cmd *cobra.Command, server remote) (*client.RetentionPo
 
 // offline removes from a directory that no server uses.
 func (g *gcFlags) offline(cmd *cobra.Command) (err error) {
-	if err := mustBeDir(g.storageDir); err != nil { // or else it would be created
+	if err := mustBeStorage(g.storageDir); err != nil {
 		return err
 	}
 	log := warnings(cmd)
@@ -139,6 +143,23 @@ func (g *gcFlags) offline(cmd *cobra.Command) (err error) {
 	}
 	s.Measure()
 	return g.collect(cmd, s, nil)
+}
+
+// mustBeStorage returns an error if a directory is none that a server stores in. It would be created, or what is old
+// in its tmp/ be taken for what uploads left there.
+func mustBeStorage(path string) error {
+	if err := mustBeDir(path); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return err
+	}
+	own := &source{root: path, layout: serverLayout, own: true}
+	if !slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() == ".polykit-cache.lock" || own.isDir(e, nil) }) {
+		return fmt.Errorf("%s is not a storage directory: no server has used it, and it has no artifacts", path)
+	}
+	return nil
 }
 
 // mustBeDir returns an error if there is no directory at path.

@@ -81,15 +81,23 @@ func TestGCOfflineNeedsTheDirectory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	startServerIn(t, dir, io.Discard)
-	none := filepath.Join(t.TempDir(), "none")
+	none, empty := filepath.Join(t.TempDir(), "none"), t.TempDir()
+	old := filepath.Join(empty, "tmp", "dear") // as an upload that was cut short would be
+	if err := os.MkdirAll(old, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(old, longAgo, longAgo); err != nil {
+		t.Fatal(err)
+	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{
-		dir:  `polykit-cache: storage directory .* is in use by another server: stop that one first, .*\n`,
-		none: `polykit-cache: stat .*none: no such file or directory\n`,
-		file: `polykit-cache: .*file is not a directory\n`,
+		dir:   `polykit-cache: storage directory .* is in use by another server: stop that one first, .*\n`,
+		none:  `polykit-cache: stat .*none: no such file or directory\n`,
+		empty: `polykit-cache: .* is not a storage directory: no server has used it, and it has no artifacts\n`,
+		file:  `polykit-cache: .*file is not a directory\n`,
 	} {
 		status, stdout, stderr := polykit(t, "gc", "--storage-dir", path)
 		if status != 1 || stdout != "" || !regexp.MustCompile(`\A`+want+`\z`).MatchString(stderr) {
@@ -98,6 +106,9 @@ func TestGCOfflineNeedsTheDirectory(t *testing.T) {
 	}
 	if _, err := os.Lstat(none); err == nil {
 		t.Error("the directory was made")
+	}
+	if _, err := os.Lstat(old); err != nil {
+		t.Errorf("something was removed: %v", err)
 	}
 }
 

@@ -35,7 +35,8 @@ stopped for lack of room, is continued by the same command; Ctrl-C lets the arti
 be finished. As many are imported at once as there are processors.
 
 --dry-run only counts what would be imported. It reads no artifact and writes nothing, and a
-server may use the storage directory meanwhile.
+server may use the storage directory meanwhile. What turns out to be damaged, or is in DIR under
+the same KEY twice, is counted all the same.
 
 At the end it prints how many artifacts of how many bytes were imported, how many were there
 already, and how many files are foreign: no artifacts, or symbolic links, which are not followed.

@@ -15,7 +15,8 @@ import (
 const listLong = `list lists the artifacts that are stored: the key, the package and task that made it, the size as
 uploaded, when it was stored and when it was used last, how many times it was downloaded, and
 whether it is pinned. What is not known, as of an artifact that another server stored and nobody
-asked for yet, is "-".
+asked for yet, is "-". Of a name of more than 60 characters the rest is left out; --json has it
+all.
 
 ` + filterHelp + `
 
@@ -156,7 +157,7 @@ func printStored(w io.Writer, artifacts iter.Seq2[*client.Stored, error]) error 
 			pinned = "yes"
 		}
 		about := stored.GetArtifact()
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(about.GetCacheKey()), orDash(about.GetPackageName()), orDash(about.GetTaskName()),
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(about.GetCacheKey()), formatName(about.GetPackageName()), formatName(about.GetTaskName()),
 			formatSize(about.GetSize()), formatAge(about.GetStoredAt()), formatAge(stored.GetLastUsedAt()), humanize.Comma(stored.GetUseCount()), pinned)
 	}
 	return table.Flush()

@@ -14,8 +14,8 @@ import (
 const quarantineLong = `quarantine lists the files that the server found damaged and moved out of the way, the newest
 first: when, the size, the key that the file was stored under, or its name if it was no artifact,
 and what was wrong with it. Their keys can be uploaded again, and nothing serves them any more;
-the server removes them --quarantine-max-age after they were moved. They lie in
-.polykit-cache/quarantine of its storage directory.
+the server removes them --quarantine-max-age after they were moved, or earlier where it needs the
+room. They lie in .polykit-cache/quarantine of its storage directory.
 
 With --json it prints JSON lines, for each file an object on a line of its own with name,
 cache_key, size, reason and quarantined_at, as they arrive: all files were listed only if the

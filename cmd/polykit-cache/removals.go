@@ -67,7 +67,7 @@ func (r removals) print(w io.Writer) error {
 	table := newTable(w)
 	fmt.Fprintln(table, "PACKAGE\tTASK\tARTIFACTS\tON DISK\tREASON")
 	for _, sum := range r.sorted() {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", orDash(sum.GetPackageName()), orDash(sum.GetTaskName()),
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", formatName(sum.GetPackageName()), formatName(sum.GetTaskName()),
 			humanize.Comma(sum.GetArtifactCount()), formatSize(sum.GetDiskSize()), formatReason(sum))
 	}
 	fmt.Fprintf(table, "total\t\t%s\t%s\n", humanize.Comma(r.artifacts()), formatSize(r.diskSize()))

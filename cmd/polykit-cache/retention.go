@@ -56,10 +56,14 @@ func (s *shareFlag) Type() string { return "size|percent" }
 // of returns the bytes that are meant on a disk of a size.
 func (s *shareFlag) of(disk int64) int64 {
 	if s.percent > 0 {
-		return int64(float64(disk) / 100 * s.percent)
+		return max(1, int64(float64(disk)/100*s.percent)) // 0 would be no limit
 	}
 	return int64(s.size)
 }
+
+// leastStorage is the least --max-storage of a server, 0 aside: less than that the index alone may take, and
+// nothing could be stored. Who forgets a unit would lose what is.
+const leastStorage = 8 << 20
 
 // retentionFlags say what is kept.
 type retentionFlags struct {

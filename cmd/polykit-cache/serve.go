@@ -155,6 +155,9 @@ func (c *serveConfig) complete() error {
 	if c.limits.capacity.QueueTimeout >= c.server.StallTimeout {
 		return usageError("--queue-timeout is %v; it must be less than --stall-timeout, %v, for an upload that waits can keep others on its connection waiting", c.limits.capacity.QueueTimeout, c.server.StallTimeout)
 	}
+	if size := c.retention.maxStorage.size; size > 0 && size < leastStorage {
+		return usageError("--max-storage is %d; it must be 0 or at least %d, since the index takes some of it", int64(size), leastStorage)
+	}
 	c.scrub.Rate = int64(c.scrubRate)
 	if c.server.MaxConnections == 0 {
 		c.server.MaxConnections = max(1, min(server.DefaultConfig.MaxConnections, (maxDescriptors()-ownDescriptors)/2))

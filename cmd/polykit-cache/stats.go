@@ -108,7 +108,7 @@ func printStats(w io.Writer, stats *client.Stats) error {
 	fmt.Fprintln(table, "\nPACKAGE\tTASK\tARTIFACTS\tSIZE\tON DISK\tHIT RATE\tEVICTED")
 	for _, task := range stats.GetTasks() {
 		about := task.GetStats()
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", orDash(task.GetPackageName()), orDash(task.GetTaskName()),
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", formatName(task.GetPackageName()), formatName(task.GetTaskName()),
 			humanize.Comma(about.GetArtifactCount()), formatSize(about.GetSize()), formatSize(about.GetDiskSize()),
 			formatHits(about.GetUsage()), humanize.Comma(about.GetUsage().GetEvictedCount()))
 	}
