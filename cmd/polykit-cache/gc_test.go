@@ -77,6 +77,23 @@ func TestGCOffline(t *testing.T) {
 	gcOffline(t, dir, `\{"removals":\[\],"more":false\}\n`, "", "--min-free=100%", "--json")
 }
 
+// What is beside artifacts counts as well.
+func TestGCOfflineCountsAll(t *testing.T) {
+	t.Parallel()
+	key, source := numbered(t, 1), files{}
+	source.addServers(key, cachetest.Sound(key, nil))
+	dir := t.TempDir()
+	source.write(t, dir)
+	if err := os.Mkdir(filepath.Join(dir, ".polykit-cache"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, ".polykit-cache", "other"), make([]byte, 8<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	gcOffline(t, dir, "", "nothing to remove\n", "--max-storage=16MiB")
+	gcOffline(t, dir, gcHead+`- +- +1 +[\d.]+ KiB +max-storage\ntotal +1 +[\d.]+ KiB\n`, "", "--max-storage=8MiB")
+}
+
 func TestGCOfflineNeedsTheDirectory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

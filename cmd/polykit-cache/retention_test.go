@@ -1,6 +1,32 @@
 package main
 
-import "testing"
+import (
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/polykit/polykit-cache/internal/retention"
+)
+
+// TestPolicyOfFlags has each flag in its place, and what holds without any.
+func TestPolicyOfFlags(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args []string
+		want retention.Policy
+	}{
+		{nil, retention.Policy{MinFree: 50, QuarantineMaxAge: 720 * time.Hour}},
+		{[]string{"--max-storage=80%", "--min-free=7", "--max-age=3h", "--keep-last=4", "--quarantine-max-age=5h"},
+			retention.Policy{MaxStorage: 800, MinFree: 7, MaxAge: 3 * time.Hour, KeepLast: 4, QuarantineMaxAge: 5 * time.Hour}},
+	} {
+		flags, set := newRetentionFlags(), pflag.NewFlagSet("", pflag.ContinueOnError)
+		flags.add(set)
+		if err := set.Parse(test.args); err != nil || flags.policy(1000) != test.want {
+			t.Errorf("%s: %+v, %v, want %+v", test.args, flags.policy(1000), err, test.want)
+		}
+	}
+}
 
 // TestShareFlag reads sizes, and parts of a disk of 1,000 bytes.
 func TestShareFlag(t *testing.T) {

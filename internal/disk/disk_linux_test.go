@@ -460,3 +460,31 @@ func TestEvictWithoutDescriptors(t *testing.T) {
 	}
 	r.serves(t, key, content)
 }
+
+// TestWalkOfUnreadable goes through a directory of which a part can't be read, and says so.
+func TestWalkOfUnreadable(t *testing.T) {
+	r := openForAll(t)
+	r.put(t, key, content)
+	other := keyOf(digits[:2] + "ff" + digits[4:])
+	r.put(t, other, cachetest.Sound(other, nil))
+	if err := os.Chmod(r.path("01/23"), 0); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Chmod(r.path("01/23"), 0o755)
+	var found []artifact.Key
+	var err error
+	asNobody(t, func() {
+		if os.Getuid() != 0 {
+			skip(t, "its owner would get the permissions back")
+		}
+		err = r.store.Walk(digits[:2], func(files []cache.File) error {
+			for _, file := range files {
+				found = append(found, file.Key)
+			}
+			return nil
+		})
+	})
+	if !errors.Is(err, fs.ErrPermission) || len(found) != 1 || found[0] != other {
+		t.Errorf("Walk found %v, %v", found, err)
+	}
+}

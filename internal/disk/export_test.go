@@ -24,3 +24,10 @@ func (s *Store) Kept(key artifact.Key) any {
 func (s *Store) RenewMemo(info artifact.Info) (pinned bool, err error) {
 	return s.renewMemo(info, true)
 }
+
+// Promised returns how many bytes are set aside for uploads and not written.
+func (s *Store) Promised() int64 {
+	s.space.mu.Lock()
+	defer s.space.mu.Unlock()
+	return s.space.promised
+}

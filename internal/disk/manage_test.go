@@ -323,9 +323,15 @@ func TestLimits(t *testing.T) {
 	if _, err := second.Write(make([]byte, 60<<10)); !errors.Is(err, cache.ErrNoSpace) {
 		t.Errorf("more than was declared: Write returned %v, want %v", err, cache.ErrNoSpace)
 	}
+	if promised := r.store.Promised(); promised != 20<<10+2*(12<<10) { // and what each may take beside its bytes
+		t.Errorf("%d bytes are set aside for what is not written", promised)
+	}
 	first.Abort()
 	first.Abort()
 	second.Abort()
+	if promised := r.store.Promised(); promised != 0 {
+		t.Errorf("%d bytes are set aside for nobody", promised)
+	}
 	after, err := r.store.Usage()
 	if err != nil || after.Used != usage.Used || after.Room != min(room, after.Free) {
 		t.Errorf("usage is %+v, %v, want %d used and room for %d", after, err, usage.Used, room)
@@ -333,6 +339,51 @@ func TestLimits(t *testing.T) {
 	stored = room
 	if _, err := r.store.Create(t.Context(), key, 1); !errors.Is(err, cache.ErrNoSpace) {
 		t.Errorf("with so much stored, Create returned %v, want %v", err, cache.ErrNoSpace)
+	}
+}
+
+func TestMinFree(t *testing.T) {
+	const least = 1 << 30
+	r, _ := observed(t, t.TempDir(), disk.Limits{MinFree: least})
+	if usage, err := r.store.Usage(); err != nil || usage.Room != usage.Free-least {
+		t.Errorf("usage is %+v, %v", usage, err)
+	}
+	r.put(t, key, content)
+	if promised := r.store.Promised(); promised != 0 {
+		t.Errorf("after an upload %d bytes are set aside", promised)
+	}
+}
+
+func TestCapacity(t *testing.T) {
+	const most = math.MaxInt64
+	for _, test := range []struct{ used, room, want int64 }{
+		{10, 90, 100},
+		{110, -10, 100},
+		{10, -90, 0},
+		{10, most, most},
+		{-4096, most, most},
+		{-4096, 100, 100}, // what was removed before it was counted
+	} {
+		if got := (disk.Usage{Used: test.used, Room: test.room}).Capacity(); got != test.want {
+			t.Errorf("with %d used and room for %d: %d, want %d", test.used, test.room, got, test.want)
+		}
+	}
+}
+
+// TestDirectoriesAreCounted stores and removes again and again: directories that come and go leave nothing behind.
+func TestDirectoriesAreCounted(t *testing.T) {
+	r, _ := observed(t, t.TempDir(), disk.Limits{Stored: func() int64 { return 0 }})
+	var before int64
+	for i := range 3 {
+		r.put(t, key, content)
+		if _, err := r.store.Remove(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		usage, err := r.store.Usage()
+		if err != nil || i > 0 && usage.Used != before {
+			t.Errorf("%d bytes are used, and %d were before, %v", usage.Used, before, err)
+		}
+		before = usage.Used
 	}
 }
 
@@ -373,6 +424,8 @@ func TestQuarantined(t *testing.T) {
 		t.Errorf("an empty quarantine has %+v, %v", found, err)
 	}
 	info := r.put(t, key, content)
+	info.StoredAt = time.Now().Add(-1000 * time.Hour).Truncate(time.Second) // which is not when it was moved
+	modified(t, r.path(zstName), info.StoredAt)
 	if err := r.store.Quarantine(t.Context(), info, errors.New("first")); err != nil {
 		t.Fatal(err)
 	}
@@ -391,6 +444,9 @@ func TestQuarantined(t *testing.T) {
 			want.Key, want.Size = artifact.Key{}, int64(len("somebody's"))
 		} else if q.Reason != "first" && q.Reason != "second" {
 			t.Errorf("the reason is %q", q.Reason)
+		}
+		if q.Key == key && q.DiskSize < q.Size+4096 { // with the file that says why
+			t.Errorf("%s takes %d bytes", q.Name, q.DiskSize)
 		}
 		if q != want || q.DiskSize < q.Size || time.Since(q.At) > time.Hour {
 			t.Errorf("in quarantine is %+v, want %+v", q, want)

@@ -2,11 +2,15 @@ package index_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/cachetest"
 	"github.com/polykit/polykit-cache/internal/index"
 )
@@ -167,5 +171,79 @@ func TestListOfLongTexts(t *testing.T) {
 	}
 	if stats := r.stats(t); len(stats.Tasks) != 2 || stats.TaskCount != 5 {
 		t.Errorf("there are statistics of %d tasks of %d", len(stats.Tasks), stats.TaskCount)
+	}
+}
+
+// TestGroups sums up what a filter matches: what takes most comes first.
+func TestGroups(t *testing.T) {
+	r := open(t, t.TempDir())
+	small, large, other := stored("small", "p", "small", 5, start), stored("large", "p", "large", 1<<20, start), stored("other", "q", "t", 5, start)
+	for _, s := range []cache.Stored{small, large, other} {
+		r.Stored(s)
+	}
+	got, err := r.Groups(t.Context(), index.Filter{PackageName: "p"})
+	want := []index.Group{{"p", "large", 1, large.DiskSize}, {"p", "small", 1, small.DiskSize}}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("there are %+v, %v, want %+v", got, err, want)
+	}
+}
+
+// TestToldAgain tells the index again of keys that it was told of before: nothing that was counted counts twice.
+func TestToldAgain(t *testing.T) {
+	r := open(t, t.TempDir())
+	r.SetLimits(5, 1000, 1000)
+	a := stored("a", "p", "t", 5, start)
+	for range 2 {
+		r.Missed(a.Key)
+		r.Stored(a)
+		r.Hit(a.Key)
+		r.Removed(a.Key, a.DiskSize) // with which the uses go that nobody wrote
+		if r.InUse(a.Key) {
+			t.Error("what was removed is in use")
+		}
+		r.Stored(a)
+		r.flush(t)
+	}
+	if stats := r.stats(t); stats.Tasks[0].Usage != (index.Usage{Misses: 2, Stored: 4}) || stats.Usage != (index.Usage{Hits: 2, Misses: 2, Stored: 4}) {
+		t.Errorf("statistics are %+v", stats)
+	}
+	// There are bounds for what was told.
+	inUse := 0
+	for i := range 20 {
+		r.Used(cachetest.Key(fmt.Sprint(i)))
+	}
+	for i := range 20 {
+		if r.InUse(cachetest.Key(fmt.Sprint(i))) {
+			inUse++
+		}
+	}
+	for i := range 3000 {
+		r.Missed(cachetest.Key(fmt.Sprint(i)))
+	}
+	if inUse != 5 || r.Doubts() != 1000 {
+		t.Errorf("%d uses and %d doubts are kept", inUse, r.Doubts())
+	}
+}
+
+// TestRemovedMeanwhile has the database removed while it is open: the next one begins, with what is told then.
+func TestRemovedMeanwhile(t *testing.T) {
+	r := open(t, t.TempDir())
+	r.Stored(stored("a", "p", "t", 5, start))
+	r.flush(t)
+	if err := os.Remove(filepath.Join(r.dir, index.FileName)); err != nil {
+		t.Fatal(err)
+	}
+	b := stored("b", "p", "t", 5, start)
+	r.Stored(b)
+	r.flush(t)
+	if r.Complete() {
+		t.Error("it counts as complete")
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r = open(t, r.dir)
+	if all := r.all(t); len(all) != 1 || all[b.Key].Stored != b {
+		t.Errorf("after a restart there is %+v", all)
 	}
 }

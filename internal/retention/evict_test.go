@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -151,66 +152,162 @@ func TestFuture(t *testing.T) {
 	}
 }
 
-// TestNothingToEvict has a server that says once that there is no room, and nothing to evict.
-func TestNothingToEvict(t *testing.T) {
-	r := newRig(t, retention.Policy{})
-	looked := make(chan struct{})
-	var log bytes.Buffer
-	c := retention.New(r.index, toldStore{r.store, looked}, retention.Policy{MinFree: 1 << 60}, slog.New(slog.NewTextHandler(&log, nil)))
+// tidied is a store whose collector stops before each time that it tidies.
+type tidied struct {
+	*disk.Store
+	usage    func() disk.Usage // what it says, unless it is nil
+	begins   chan struct{}
+	proceeds chan struct{}
+}
+
+func (s tidied) EmptyQuarantine(before time.Time, atLeast int64) (int64, error) {
+	if !before.IsZero() { // as the one that tidies calls it
+		s.begins <- struct{}{}
+		<-s.proceeds
+	}
+	return s.Store.EmptyQuarantine(before, atLeast)
+}
+
+func (s tidied) Usage() (disk.Usage, error) {
+	if s.usage != nil {
+		return s.usage(), nil
+	}
+	return s.Store.Usage()
+}
+
+// tidy has a collector tidy as many times as there are checks, each of which is called when that is done.
+func (r rig) tidy(t *testing.T, policy retention.Policy, usage func() disk.Usage, log io.Writer, checks ...func()) {
+	t.Helper()
+	store := tidied{r.store, usage, make(chan struct{}), make(chan struct{})}
+	policy.QuarantineMaxAge = 24 * time.Hour
+	c := retention.New(r.index, store, policy, slog.New(slog.NewTextHandler(log, nil)))
 	ctx, stop := context.WithCancel(t.Context())
 	ran := make(chan struct{})
 	go func() {
 		defer close(ran)
 		c.Run(ctx)
 	}()
-	for range 3 {
-		for range 2 { // when it begins, and for what it evicts
-			<-looked
-		}
-		c.Limits().Low()
+	<-store.begins
+	for _, check := range checks {
+		store.proceeds <- struct{}{}
+		c.Limits().Low() // so that it begins once more
+		<-store.begins
+		check()
 	}
-	go func() {
-		for range looked {
-		}
-	}()
 	stop()
+	store.proceeds <- struct{}{}
 	<-ran
-	close(looked)
-	if n := strings.Count(log.String(), "there is too little room"); n != 1 {
-		t.Errorf("it was said %d times:\n%s", n, &log)
+}
+
+// TestNothingToEvict has a server that says that there is no room and nothing to evict, once each time that it gets so.
+func TestNothingToEvict(t *testing.T) {
+	r := newRig(t, retention.Policy{})
+	var log bytes.Buffer
+	room := int64(-1)
+	said := func(want int, next int64) func() {
+		return func() {
+			if n := strings.Count(log.String(), "there is too little room"); n != want {
+				t.Errorf("it was said %d times, want %d:\n%s", n, want, &log)
+			}
+			room = next
+		}
 	}
-}
-
-// toldStore tells whenever somebody looks how the disk is used.
-type toldStore struct {
-	*disk.Store
-	looked chan<- struct{}
-}
-
-func (s toldStore) Usage() (disk.Usage, error) {
-	s.looked <- struct{}{}
-	return s.Store.Usage()
+	usage := func() disk.Usage { return disk.Usage{Used: 1 << 20, Size: 1 << 40, Free: room + 1, Room: room} }
+	r.tidy(t, retention.Policy{MinFree: 1}, usage, &log, said(1, -1), said(1, 1<<30), said(1, -1), said(2, -1))
 }
 
 // TestMargin has a cache on a disk that others fill: the room that is made ahead is in proportion to what the cache
 // has, not to the disk.
 func TestMargin(t *testing.T) {
-	const (
-		size = 1 << 40
-		free = 1 << 30 // a thousandth
-	)
 	r := newRig(t, retention.Policy{})
 	for _, name := range []string{"a", "b"} {
 		r.mustPut(t, name, "build", 1<<20)
 	}
-	almostFull := fixedStore{r.store, disk.Usage{Used: 10 << 20, Size: size, Free: free + 1, Room: free}}
+	room := int64(1 << 30) // a thousandth of the disk
+	usage := func() disk.Usage { return disk.Usage{Used: 10 << 20, Size: 1 << 40, Free: room + 1, Room: room} }
 	var log bytes.Buffer
-	c := retention.New(r.index, almostFull, retention.Policy{MinFree: 1}, slog.New(slog.NewTextHandler(&log, nil)))
-	ctx, stop := context.WithCancel(t.Context())
-	stop()
-	c.Run(ctx)
-	if got := r.stored(t, "a", "b"); got != "a b" || log.Len() > 0 {
-		t.Errorf("left are %s; %s", got, &log)
+	r.tidy(t, retention.Policy{MinFree: 1}, usage, &log, func() {
+		if got := r.stored(t, "a", "b"); got != "a b" || log.Len() > 0 {
+			t.Errorf("left are %s; %s", got, &log)
+		}
+		room = 100 << 10 // less than a hundredth of what the cache may take
+	}, func() {
+		if got := r.stored(t, "a", "b"); got != "" {
+			t.Errorf("left are %s", got)
+		}
+	})
+}
+
+// TestTidy has a collector remove, by itself, more than it does at a time: until there is a fiftieth of room, and what
+// is too old. It knows what is there beside artifacts.
+func TestTidy(t *testing.T) {
+	const n, beside = 530, 4 << 20
+	r := newRig(t, retention.Policy{})
+	if err := os.WriteFile(filepath.Join(r.store.OwnDir(), "other"), make([]byte, beside), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		r.mustPut(t, fmt.Sprint(i), "build", 100)
+	}
+	_, info, err := r.store.Open(t.Context(), cachetest.Key("0"))
+	if err == nil {
+		err = r.store.Quarantine(t.Context(), info, errors.New("damaged, for this test"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	past := time.Now().Add(-25 * time.Hour)
+	found, err := filepath.Glob(filepath.Join(r.store.OwnDir(), "quarantine", "*"))
+	if err != nil || len(found) != 2 {
+		t.Fatal(found, err)
+	}
+	for _, path := range found {
+		if err := os.Chtimes(path, past, past); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.tidy(t, retention.Policy{MaxAge: 1}, nil, io.Discard, func() {
+		if got := r.stored(t, "1", fmt.Sprint(n-1)); got != "" {
+			t.Errorf("left are %s", got)
+		}
+		if left, err := r.store.Quarantined(); err != nil || len(left) > 0 {
+			t.Errorf("in quarantine are %v, %v", left, err)
+		}
+		if usage, err := r.store.Usage(); err != nil || usage.Used-r.index.DiskSize() < beside {
+			t.Errorf("used are %d bytes, of which %d for the index, %v", usage.Used, r.index.DiskSize(), err)
+		}
+	})
+	// Room is made ahead.
+	for i := range 40 {
+		r.mustPut(t, fmt.Sprint(i), "build", 100<<10)
+	}
+	usage, err := r.store.Usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := usage.Used + usage.Used/200 // of which less than a hundredth is left
+	r.tidy(t, retention.Policy{MaxStorage: limit}, nil, io.Discard, func() {
+		usage, err := r.store.Usage()
+		if room := limit - usage.Used; err != nil || room < limit/50 || room > limit/50+200<<10 {
+			t.Errorf("there is room for %d bytes of %d, %v", room, limit, err)
+		}
+	})
+}
+
+// TestFullDisk is on a disk that others filled, of which nothing must be free: nothing is evicted for that.
+func TestFullDisk(t *testing.T) {
+	r := newRig(t, retention.Policy{})
+	r.mustPut(t, "a", "build", 1<<20)
+	full := fixedStore{r.store, disk.Usage{Used: 10 << 20, Size: 1 << 40, Free: -4096, Room: -4096}}
+	c := retention.New(r.index, full, retention.Policy{MaxStorage: 1 << 30}, slog.New(slog.DiscardHandler))
+	if removals, more, err := c.Collect(t.Context(), c.Policy(), 500); removals != nil || more || err != nil {
+		t.Errorf("removed: %v, %t, %v", removals, more, err)
+	}
+	if err := c.Limits().MakeRoom(t.Context(), 4096); err == nil {
+		t.Error("there is room")
+	}
+	if got := r.stored(t, "a"); got != "a" {
+		t.Errorf("left are %s", got)
 	}
 }
 
@@ -231,7 +328,7 @@ func TestPlanWithoutFileSystem(t *testing.T) {
 	const most = 1<<63 - 1
 	unknown := fixedStore{r.store, disk.Usage{Used: 10 << 20, Size: most, Free: most, Room: most}}
 	c := retention.New(r.index, unknown, retention.Policy{}, slog.New(slog.NewTextHandler(io.Discard, nil)))
-	removals, err := c.Plan(t.Context(), retention.Policy{MaxStorage: 9 << 20, MinFree: 1 << 30})
+	removals, err := c.Plan(t.Context(), retention.Policy{MaxStorage: 9 << 20, MinFree: 1})
 	if got := sums(removals); err != nil || got != "1 of build for max-storage" {
 		t.Errorf("planned: %s, %v", got, err)
 	}

@@ -174,6 +174,7 @@ func TestPolicies(t *testing.T) {
 				}
 			}
 		}, "4 of build for keep-last", "e"},
+		{"the last ones, then free space", retention.Policy{KeepLast: 2, MinFree: 1 << 60}, nil, "3 of build for keep-last, 2 of build for min-free", ""},
 		{"free space", retention.Policy{MinFree: 1 << 60}, nil, "5 of build for min-free", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -23,6 +23,7 @@ import (
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/cachetest"
+	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/retention"
 )
 
@@ -152,8 +153,16 @@ func TestManagement(t *testing.T) {
 			stats := mustAsk(t, ask, method{"GetCacheStats", &cachev1.GetCacheStatsRequest{MaxTasks: 1}, "GET", "/v1/stats?max_tasks=1"}, &cachev1.GetCacheStatsResponse{})
 			usage := stats.GetTotal().GetUsage()
 			if stats.GetTotal().GetArtifactCount() != 3 || usage.GetHitCount() != 1 || usage.GetMissCount() != 1 || usage.GetHitRate() != 0.5 || usage.GetStoredCount() != 3 ||
-				!proto.Equal(usage, stats.GetSinceStart()) || len(stats.GetTasks()) != 1 || stats.GetTaskCount() != 1 || stats.GetTasks()[0].GetStats().GetArtifactCount() != 3 {
+				!proto.Equal(usage, stats.GetSinceStart()) || stats.GetIndexComplete() || len(stats.GetTasks()) != 1 || stats.GetTaskCount() != 1 || stats.GetTasks()[0].GetStats().GetArtifactCount() != 3 {
 				t.Errorf("statistics are %v", stats)
+			}
+			if onDisk := s.store.(*disk.Store); !s.index.Complete() { // as after a crash
+				if _, err := s.index.Reconcile(t.Context(), onDisk, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if again := mustAsk(t, ask, method{"GetCacheStats", &cachev1.GetCacheStatsRequest{}, "GET", "/v1/stats"}, &cachev1.GetCacheStatsResponse{}); !again.GetIndexComplete() {
+				t.Error("the index does not count as complete")
 			}
 			if storage := stats.GetStorage(); storage.GetUsedSize() < stats.GetTotal().GetDiskSize() || storage.GetFreeSize() <= 0 || storage.GetDiskSize() < storage.GetFreeSize() {
 				t.Errorf("the storage is %v", storage)
@@ -246,7 +255,7 @@ func TestListQuarantine(t *testing.T) {
 					t.Errorf("%s is stored", got)
 				}
 			}
-			found := map[string]bool{}
+			found, files := map[string]bool{}, 0
 			for token := ""; ; {
 				page := mustAsk(t, ask, method{"ListQuarantine", &cachev1.ListQuarantineRequest{PageSize: 2, PageToken: token}, "GET", "/v1/quarantine?page_size=2&page_token=" + url.QueryEscape(token)},
 					&cachev1.ListQuarantineResponse{})
@@ -255,12 +264,13 @@ func TestListQuarantine(t *testing.T) {
 						t.Errorf("in quarantine is %v", file)
 					}
 					found[file.GetCacheKey()] = true
+					files++
 				}
 				if token = page.GetNextPageToken(); token == "" {
 					break
 				}
 			}
-			if len(found) != 3 || !found[cachetest.Key("b").String()] {
+			if len(found) != 3 || files != 3 || !found[cachetest.Key("b").String()] {
 				t.Errorf("in quarantine are %v", found)
 			}
 		})
