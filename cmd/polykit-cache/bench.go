@@ -31,9 +31,9 @@ compress, or with --compressible to about a third. What bench uploads stays on t
 one that is there for this.
 
 Over REST each client has a connection of its own; over gRPC they share one. Bytes are those of
-artifacts as uploaded. The latency of an operation is the time until its last byte, with --rate since
-it was due. The last line
-is what bench itself costs: where both run on one machine, that much was not the server's.`
+artifacts as uploaded. The latency of an operation is the time until its last byte, with --rate
+since it was due. The last line is what bench itself costs: where both run on one machine, that
+much was not the server's.`
 
 const benchExample = `  polykit-cache bench get --size 64MiB --clients 4
   polykit-cache bench put --size 2KiB --clients 16 --duration 30s

@@ -200,6 +200,8 @@ fstat aa/bb/KEY.zst        EIO=500
 openat aa/bb/KEY.json      EMFILE=200 EIO=200 EACCES=200
 read aa/bb/KEY.zst         EIO=500 kill=409
 fsync aa/bb/KEY.zst        EIO=200 ENOSPC=200 EIO+=200
+newfstatat aa/bb/KEY.zst   EIO=200
+openat aa/bb/KEY.json      EMFILE=200 EIO=200 EACCES=200
 openat tmp/1               EMFILE=200 ENOSPC=200 EIO=200 EACCES=200 EROFS=200 kill=409
 write tmp/1                ENOSPC=200 EIO=200 none=200 short=200 kill=409
 close tmp/1                EIO=200
