@@ -220,7 +220,7 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 }
 
 // ballastSize is how much is allocated at least between two collections of garbage.
-const ballastSize = 32 << 20
+const ballastSize = 16 << 20
 
 // ballast returns memory that is never touched, and so never takes any, but counts in what the collector
 // compares the heap with: what lives of the server's heap is so small that it would be collected twenty times

@@ -1,5 +1,7 @@
 package index
 
+import "context"
+
 // SetLimits bounds what is kept as if its constants were these. It must be called before everything else.
 func (x *Index) SetLimits(maxPending, maxUses, maxIdleTasks int) {
 	x.maxPending, x.maxUses, x.maxIdleTasks = maxPending, maxUses, maxIdleTasks
@@ -11,3 +13,9 @@ func (x *Index) Doubts() int {
 	defer x.mu.Unlock()
 	return len(x.doubts)
 }
+
+// Pace is how many artifacts a reconciliation goes through in a second at most.
+const Pace = pace
+
+// NewRest returns what a reconciliation rests by: what it returns is called after some artifacts.
+func NewRest(ctx context.Context) func(artifacts int) error { return newRest(ctx).after }

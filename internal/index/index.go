@@ -205,7 +205,7 @@ func (x *Index) open() (err error) {
 	if stat, err := os.Lstat(x.path()); err == nil && !stat.Mode().IsRegular() {
 		return fmt.Errorf("%w: it is no file", errDamaged)
 	}
-	if x.writer, err = x.connect("_txlock=immediate&_pragma=synchronous(NORMAL)"); err != nil {
+	if x.writer, err = x.connect("_txlock=immediate&_pragma=synchronous(NORMAL)&_pragma=cache_size(-4096)"); err != nil {
 		return err
 	}
 	x.writer.SetMaxOpenConns(1)
@@ -234,7 +234,7 @@ func (x *Index) open() (err error) {
 	x.mu.Lock()
 	x.diskSize, x.ownSize = max(x.diskSize, size), x.measure()
 	x.mu.Unlock()
-	if x.reader, err = x.connect("_pragma=query_only(1)"); err != nil {
+	if x.reader, err = x.connect("_pragma=query_only(1)&_pragma=cache_size(-2048)"); err != nil {
 		return err
 	}
 	x.reader.SetMaxOpenConns(2) // each has a cache of its own
@@ -269,7 +269,7 @@ func (x *Index) connect(options string) (*sql.DB, error) {
 		return nil, err
 	}
 	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: options +
-		fmt.Sprintf("&_pragma=busy_timeout(%d)&_pragma=journal_mode(WAL)&_pragma=foreign_keys(1)&_pragma=cache_size(-4096)&_pragma=temp_store(MEMORY)"+
+		fmt.Sprintf("&_pragma=busy_timeout(%d)&_pragma=journal_mode(WAL)&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)"+
 			"&_pragma=wal_autocheckpoint(%d)&_pragma=journal_size_limit(%d)", openTimeout.Milliseconds(), logSize/4096, logSize)}
 	return sql.Open("sqlite", dsn.String())
 }

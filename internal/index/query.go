@@ -313,7 +313,7 @@ type row struct {
 }
 
 // files returns the rows of the keys that begin with prefix.
-func (x *Index) files(ctx context.Context, prefix string) (map[artifact.Key]row, error) {
+func (x *Index) files(ctx context.Context, prefix string, rest *rest) (map[artifact.Key]row, error) {
 	found := map[artifact.Key]row{}
 	err := x.rows(ctx, "SELECT key, size, stored_at, disk_size, hash IS NOT NULL FROM artifacts WHERE scope = '' AND key >= ? AND key < ?",
 		[]any{prefix, prefix + "g"}, func(scan func(...any) error) (bool, error) {
@@ -325,7 +325,7 @@ func (x *Index) files(ctx context.Context, prefix string) (map[artifact.Key]row,
 			var err error
 			r.file.Key, err = artifact.ParseKey(key)
 			found[r.file.Key] = r
-			return true, err
+			return true, errors.Join(err, rest.pause())
 		})
 	return found, err
 }
