@@ -14,8 +14,8 @@ func (x *Index) Doubts() int {
 	return len(x.doubts)
 }
 
-// Pace is how many artifacts a reconciliation goes through in a second at most.
+// Pace is how many rows and files a reconciliation goes through in a second at most.
 const Pace = pace
 
-// NewRest returns what a reconciliation rests by: what it returns is called after some artifacts.
-func NewRest(ctx context.Context) func(artifacts int) error { return newRest(ctx).after }
+// NewRest returns what a reconciliation rests by: what it returns is called after some rows or files.
+func NewRest(ctx context.Context) func(n int) error { return newRest(ctx).after }

@@ -325,7 +325,7 @@ func (x *Index) files(ctx context.Context, prefix string, rest *rest) (map[artif
 			var err error
 			r.file.Key, err = artifact.ParseKey(key)
 			found[r.file.Key] = r
-			return true, errors.Join(err, rest.pause())
+			return true, errors.Join(err, rest.after(1))
 		})
 	return found, err
 }

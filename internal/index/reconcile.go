@@ -23,9 +23,9 @@ type Source interface {
 }
 
 const (
-	// pace is the most artifacts that a reconciliation goes through in a second, on average: a million in
-	// three to four minutes, and with a tenth of one processor where the index knows them.
-	pace = 5000
+	// pace is the most rows and files that a reconciliation goes through in a second, on average: a million
+	// artifacts in three to four minutes, and with a tenth of one processor where the index knows them.
+	pace = 10_000
 	// workTime is about how long it works before it rests, where it can't keep that up.
 	workTime = time.Millisecond
 	// restTime is the least that it rests then, so that it takes no more than about half of one processor and
@@ -221,7 +221,7 @@ func newRest(ctx context.Context) *rest {
 // pause rests if the last rest was long enough ago.
 func (r *rest) pause() error { return r.after(0) }
 
-// after is pause after n more artifacts were gone through, which keeps the pace too.
+// after is pause after n more rows or files were gone through, which keeps the pace too.
 func (r *rest) after(n int) error {
 	if r == nil {
 		runtime.Gosched()

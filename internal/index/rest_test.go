@@ -12,7 +12,7 @@ import (
 
 func TestReconciliationRests(t *testing.T) {
 	for name, test := range map[string]struct {
-		work time.Duration // for each artifact
+		work time.Duration // for each file
 		want func(took, worked time.Duration) bool
 	}{
 		"it keeps the pace where it could be faster": {20 * time.Microsecond, func(took, _ time.Duration) bool {
@@ -33,7 +33,7 @@ func TestReconciliationRests(t *testing.T) {
 					}
 				}
 				if took, worked := time.Since(began), index.Pace*test.work; !test.want(took, worked) {
-					t.Errorf("%d artifacts took %v, with %v of work", index.Pace, took, worked)
+					t.Errorf("%d files took %v, with %v of work", index.Pace, took, worked)
 				}
 			})
 		})
