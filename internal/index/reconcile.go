@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"runtime/debug"
 	"time"
@@ -31,11 +32,13 @@ const (
 	// restTime is the least that it rests then, so that it takes no more than about half of one processor and
 	// of the disk.
 	restTime = time.Millisecond
-	// retryPause is how long a reconciliation that failed waits for the next one.
-	retryPause = time.Minute
+	// firstPause is how long a reconciliation that failed waits for the next one: what it met may be of a moment, as
+	// when the storage is exchanged for another. retryPause is how long it waits from then on.
+	firstPause, retryPause = time.Second, time.Minute
 )
 
 func (x *Index) reconcileWhenLost(ctx context.Context, source Source) {
+	failed := 0 // times in a row
 	for {
 		select {
 		case <-ctx.Done():
@@ -49,14 +52,19 @@ func (x *Index) reconcileWhenLost(ctx context.Context, source Source) {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
-			x.config.Log.Error("could not go through what is stored; it is tried again in a minute", "error", err)
+			level, pause := slog.LevelWarn, firstPause
+			if failed++; failed > 1 {
+				level, pause = slog.LevelError, retryPause
+			}
+			x.config.Log.Log(ctx, level, "could not go through what is stored; it is tried again", "in", pause, "error", err)
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(retryPause):
+			case <-time.After(pause):
 				tell(x.lost)
 			}
 		default:
+			failed = 0
 			x.config.Log.Info("the index is complete", "changed", changed, "took", time.Since(began).Round(time.Millisecond))
 		}
 	}
