@@ -17,7 +17,6 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
@@ -263,10 +262,10 @@ func dialGRPC(t *testing.T, s *testServer, shared bool) (conn grpc.ClientConnInt
 	t.Helper()
 	if shared {
 		transport, cut := newTransportToCut(t)
-		return &sharedConn{transport: transport, address: s.address}, cut
+		return &sharedConn{transport: transport, url: s.url}, cut
 	}
 	made := make(chan net.Conn, 16)
-	own, err := grpc.NewClient(s.address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+	own, err := grpc.NewClient(s.address, s.security(),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 			if err == nil {

@@ -121,7 +121,7 @@ func (c *call) giveUp(err error) {
 	c.setAnswered()
 	stream, ok := grpc.ServerTransportStreamFromContext(c.Context()).(interface{ WriteStatus(*status.Status) error })
 	if !ok || stream.WriteStatus(faultOf(err).grpcStatus()) != nil {
-		c.conn.Close()
+		c.conn.cut()
 	}
 }
 

@@ -37,13 +37,13 @@ func openVisitors(t *testing.T, s *testServer) []visitor {
 		restVisitor("REST over HTTP1", s, newTransport(t, 1)),
 		restVisitor("REST over HTTP2", s, shared),
 		grpcVisitor("gRPC", cachev1.NewArtifactServiceClient(grpcMouths()[0].grpc(t, s))),
-		grpcVisitor("gRPC amid REST", cachev1.NewArtifactServiceClient(&sharedConn{transport: shared, address: s.address})),
+		grpcVisitor("gRPC amid REST", cachev1.NewArtifactServiceClient(&sharedConn{transport: shared, url: s.url})),
 	}
 }
 
 func restVisitor(name string, s *testServer, transport http.RoundTripper) visitor {
 	ask := func(ctx context.Context, method string, key artifact.Key, content []byte) (*http.Response, []byte, error) {
-		request, err := http.NewRequestWithContext(ctx, method, "http://"+s.address+"/v1/artifacts/"+key.String(), bytes.NewReader(content))
+		request, err := http.NewRequestWithContext(ctx, method, s.url+"/v1/artifacts/"+key.String(), bytes.NewReader(content))
 		if err != nil {
 			return nil, nil, err
 		}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
 	"net/http"
@@ -28,12 +29,12 @@ const overloadAnswer = "HTTP/1.1 503 Service Unavailable\r\n" +
 	"Connection: close\r\n\r\n" +
 	`{"error":"The server has too many connections: try again in a bit"}`
 
-// limitedListener accepts up to a number of connections, refuses more, and closes idle ones. It leaves
-// those for TLS as they are, since net/http wants them of *tls.Conn.
+// limitedListener accepts up to a number of connections, refuses more, and closes idle ones.
 type limitedListener struct {
 	net.Listener
 	most     int64
 	stall    time.Duration // how long net/http may take to write what it answers itself
+	tls      *tls.Config   // nil for clear text
 	open     atomic.Int64
 	refusals chan struct{}
 	refused  func(net.Conn)
@@ -46,6 +47,7 @@ func newLimitedListener(listener net.Listener, config Config, refused func(net.C
 		Listener: listener,
 		most:     int64(config.MaxConnections),
 		stall:    config.StallTimeout,
+		tls:      config.TLS,
 		refusals: make(chan struct{}, maxRefusals),
 		refused:  refused,
 		idle:     idleConns{timeout: config.IdleTimeout, since: map[net.Conn]time.Time{}},
@@ -59,15 +61,18 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if l.open.Add(1) <= l.most {
-			if tcp, ok := conn.(*net.TCPConn); ok {
-				return l.greeter.greet(tcp), nil
+			if l.tls != nil {
+				conn = tls.Server(conn, l.tls)
 			}
-			return conn, nil
+			return l.greeter.greet(conn), nil
 		}
 		l.closed()
 		l.refused(conn)
 		select {
 		case l.refusals <- struct{}{}:
+			if l.tls != nil {
+				conn = tls.Server(conn, refusingTLS(l.tls))
+			}
 			go func() {
 				refuseConnection(conn)
 				<-l.refusals
@@ -87,7 +92,7 @@ func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
 		// that; HTTP/2 sets a deadline for each write.
 		conn.SetWriteDeadline(time.Now().Add(l.stall))
 	case http.StateClosed, http.StateHijacked:
-		if clear, ok := conn.(*clearConn); !ok || !clear.delivered.Load() {
+		if !conn.(*greetedConn).delivered.Load() {
 			l.closed()
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"testing"
@@ -33,7 +34,7 @@ func TestDelivered(t *testing.T) {
 	}()
 
 	var came []byte
-	g := newGreeter(DefaultConfig, func(conn *net.TCPConn, beginning []byte) { came = bytes.Clone(beginning) })
+	g := newGreeter(DefaultConfig, slog.Default(), func(conn net.Conn, beginning []byte) { came = bytes.Clone(beginning) })
 	conn := g.greet(accepted)
 	for range 2 {
 		if n, err := conn.Read(make([]byte, 14)); n != 0 || err != io.EOF {
@@ -90,7 +91,7 @@ func tcpPair(t *testing.T) (client, accepted *net.TCPConn) {
 // TestReleaseFails proves that nothing more is sent on a connection where what was held could not be sent.
 func TestReleaseFails(t *testing.T) {
 	_, accepted := tcpPair(t)
-	conn := newGreeter(DefaultConfig, nil).greet(accepted)
+	conn := newGreeter(DefaultConfig, slog.Default(), nil).greet(accepted)
 	conn.hold()
 	if n, err := conn.Write([]byte("held")); n != 4 || err != nil {
 		t.Fatal(n, err)
@@ -120,7 +121,7 @@ func TestGreetTime(t *testing.T) {
 			config := DefaultConfig
 			config.IdleTimeout = 20 * time.Second // after which it would be closed
 			config.HeaderTimeout = time.Second
-			g := newGreeter(config, func(*net.TCPConn, []byte) { t.Error("the connection is taken for gRPC's") })
+			g := newGreeter(config, slog.Default(), func(net.Conn, []byte) { t.Error("the connection is taken for gRPC's") })
 			g.time = 100 * time.Millisecond
 			var began bytes.Buffer
 			began.WriteString(http2.ClientPreface)

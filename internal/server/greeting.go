@@ -5,13 +5,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -33,8 +33,8 @@ const (
 	headerTable = 4096
 )
 
-// greeter looks at how connections in clear text begin, to tell those on which a gRPC client speaks for
-// itself, and nobody else, from all others.
+// greeter looks at how connections begin, to tell those on which a gRPC client speaks for itself, and
+// nobody else, from all others.
 //
 // A library for gRPC opens a connection, waits for the server's settings, acknowledges them, and then
 // makes its first call. Proxies, and clients for HTTP/2 in general, do not wait; behind a call they may put
@@ -42,26 +42,28 @@ const (
 // every way as if a library for gRPC had sent it stays with net/http.
 type greeter struct {
 	config  Config
-	time    time.Duration                        // greetTime, but in tests
-	deliver func(conn *net.TCPConn, came []byte) // takes the connections of gRPC clients
+	log     *slog.Logger
+	time    time.Duration                    // greetTime, but in tests
+	deliver func(conn net.Conn, came []byte) // takes the connections of gRPC clients
 
 	mu     sync.Mutex
-	open   map[*clearConn]struct{} // of which is not known yet whose they are
+	open   map[*greetedConn]struct{} // of which is not known yet whose they are
 	closed bool
 }
 
-func newGreeter(config Config, deliver func(*net.TCPConn, []byte)) *greeter {
-	return &greeter{config: config, time: greetTime, deliver: deliver, open: map[*clearConn]struct{}{}}
+func newGreeter(config Config, log *slog.Logger, deliver func(net.Conn, []byte)) *greeter {
+	return &greeter{config: config, log: log, time: greetTime, deliver: deliver, open: map[*greetedConn]struct{}{}}
 }
 
-// greet returns a connection as net/http is to have it.
-func (g *greeter) greet(tcp *net.TCPConn) *clearConn {
-	conn := &clearConn{TCPConn: tcp, greeter: g}
+// greet returns a connection as net/http is to have it. If it is of *tls.Conn, the handshake is made with
+// the first Read.
+func (g *greeter) greet(accepted net.Conn) *greetedConn {
+	conn := &greetedConn{Conn: accepted, greeter: g}
 	conn.greeting = &greeting{conn: conn}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
-		tcp.Close()
+		accepted.Close()
 	} else {
 		g.open[conn] = struct{}{}
 	}
@@ -69,7 +71,7 @@ func (g *greeter) greet(tcp *net.TCPConn) *clearConn {
 }
 
 // known says that it is known whose a connection is, or that it is closed.
-func (g *greeter) known(conn *clearConn) {
+func (g *greeter) known(conn *greetedConn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.open, conn)
@@ -82,89 +84,13 @@ func (g *greeter) close() {
 	defer g.mu.Unlock()
 	g.closed = true
 	for conn := range g.open {
-		conn.TCPConn.Close()
+		cut(conn.Conn)
 	}
-}
-
-// clearConn is a connection in clear text. It has the methods of a TCPConn by which net/http sends files
-// with sendfile(2).
-type clearConn struct {
-	*net.TCPConn
-	greeter   *greeter
-	greeting  *greeting   // nil when what comes is net/http's as it is
-	delivered atomic.Bool // to gRPC, and so net/http's no more, which reads the end
-	held      *[]byte     // what is to be written together, nil if nothing is held
-}
-
-// heldBytes are buffers for what is held.
-var heldBytes = sync.Pool{New: func() any { return new([]byte) }}
-
-// hold keeps what is written until release writes it at once.
-func (c *clearConn) hold() { c.held = heldBytes.Get().(*[]byte) }
-
-func (c *clearConn) release() error {
-	held := c.held
-	c.held = nil
-	_, err := c.TCPConn.Write(*held)
-	if err != nil {
-		c.Close() // for net/http takes all of it for sent, and would go on behind a part
-	}
-	*held = (*held)[:0]
-	heldBytes.Put(held)
-	return err
-}
-
-func (c *clearConn) Write(p []byte) (int, error) {
-	if c.held != nil {
-		*c.held = append(*c.held, p...)
-		return len(p), nil
-	}
-	return c.TCPConn.Write(p)
-}
-
-func (c *clearConn) Read(p []byte) (int, error) {
-	if c.greeting == nil {
-		return c.TCPConn.Read(p)
-	}
-	return c.greeting.read(p)
-}
-
-// Close implements net.Conn.
-func (c *clearConn) Close() error {
-	c.greeter.known(c)
-	if c.delivered.Load() {
-		return nil
-	}
-	return c.TCPConn.Close()
-}
-
-// SetReadDeadline implements net.Conn.
-func (c *clearConn) SetReadDeadline(t time.Time) error {
-	if c.delivered.Load() {
-		return nil
-	}
-	return c.TCPConn.SetReadDeadline(t)
-}
-
-// SetWriteDeadline implements net.Conn.
-func (c *clearConn) SetWriteDeadline(t time.Time) error {
-	if c.delivered.Load() {
-		return nil
-	}
-	return c.TCPConn.SetWriteDeadline(t)
-}
-
-// SetDeadline implements net.Conn.
-func (c *clearConn) SetDeadline(t time.Time) error {
-	if c.delivered.Load() {
-		return nil
-	}
-	return c.TCPConn.SetDeadline(t)
 }
 
 // greeting is the beginning of a connection, until net/http has read it.
 type greeting struct {
-	conn *clearConn
+	conn *greetedConn
 	came []byte // what came, but for what was answered, and was not read yet
 	next int    // where in it the next frame begins that is to be looked at
 
@@ -185,7 +111,12 @@ type greeting struct {
 
 func (g *greeting) read(p []byte) (int, error) {
 	if !g.known {
-		n, err := g.conn.TCPConn.Read(p)
+		if err := g.conn.handshake(); err != nil {
+			g.stay()
+			g.end = io.EOF // for net/http, which would answer to another
+			return 0, g.end
+		}
+		n, err := g.conn.Conn.Read(p)
 		if n == 0 || !beginsHTTP2(p[:n]) {
 			g.stay()
 			g.conn.greeting = nil
@@ -327,7 +258,7 @@ func (g *greeting) more() error {
 		g.conn.SetReadDeadline(deadline)
 	}
 	g.came = slices.Grow(g.came, 128)
-	n, err := g.conn.TCPConn.Read(g.came[len(g.came):cap(g.came)])
+	n, err := g.conn.Conn.Read(g.came[len(g.came):cap(g.came)])
 	g.came = g.came[:len(g.came)+n]
 	if n > 0 {
 		return nil
@@ -357,7 +288,7 @@ func (g *greeting) answer(frame *http2.FrameHeader) (answered bool, err error) {
 func (g *greeting) write(write func(*http2.Framer) error) error {
 	g.conn.SetWriteDeadline(time.Now().Add(g.conn.greeter.config.StallTimeout))
 	defer g.conn.SetWriteDeadline(time.Time{})
-	return write(http2.NewFramer(g.conn.TCPConn, nil))
+	return write(http2.NewFramer(g.conn.Conn, nil))
 }
 
 // deliver gives the connection to gRPC.
@@ -367,7 +298,7 @@ func (g *greeting) deliver() {
 	g.conn.SetDeadline(time.Time{})
 	g.conn.delivered.Store(true)
 	g.end = io.EOF
-	g.conn.greeter.deliver(g.conn.TCPConn, g.came)
+	g.conn.greeter.deliver(g.conn.Conn, g.came)
 	g.came = nil
 }
 
@@ -400,7 +331,7 @@ func (g *greeting) readFrame(p []byte) (int, error) {
 // take reads what came, and then from the connection.
 func (g *greeting) take(p []byte) (int, error) {
 	if len(g.came) == 0 {
-		return g.conn.TCPConn.Read(p)
+		return g.conn.Conn.Read(p)
 	}
 	n := copy(p, g.came)
 	g.came = g.came[n:]

@@ -115,6 +115,9 @@ func startServer(t testing.TB, setup setup) *testServer {
 	}
 	s.cache = cache.New(s.store, verifier, cacheConfig)
 	config.ShutdownTimeout = 10 * time.Second
+	if setup.tls {
+		config.TLS = &tls.Config{Certificates: []tls.Certificate{certificate()}, NextProtos: []string{"h2", "http/1.1"}}
+	}
 	if setup.change != nil {
 		setup.change(&config)
 	}
@@ -127,10 +130,6 @@ func startServer(t testing.TB, setup setup) *testServer {
 	s.address = listener.Addr().String()
 	s.url = "http://" + s.address
 	if setup.tls {
-		listener = tls.NewListener(listener, &tls.Config{
-			Certificates: []tls.Certificate{certificate()},
-			NextProtos:   []string{"h2", "http/1.1"},
-		})
 		s.url = "https://" + s.address
 	}
 	ctx, stop := context.WithCancel(context.Background())
@@ -319,16 +318,20 @@ var tlsMouths = []mouth{
 
 // newGRPC returns a connection of grpc-go's own.
 func newGRPC(t *testing.T, s *testServer) grpc.ClientConnInterface {
-	security := insecure.NewCredentials()
-	if strings.HasPrefix(s.url, "https:") {
-		security = credentials.NewTLS(clientTLS())
-	}
-	conn, err := grpc.NewClient(s.address, grpc.WithTransportCredentials(security))
+	conn, err := grpc.NewClient(s.address, s.security())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
 	return conn
+}
+
+// security is how clients of gRPC speak to the server.
+func (s *testServer) security() grpc.DialOption {
+	if strings.HasPrefix(s.url, "https:") {
+		return grpc.WithTransportCredentials(credentials.NewTLS(clientTLS()))
+	}
+	return grpc.WithTransportCredentials(insecure.NewCredentials())
 }
 
 func restMouths() []mouth {
@@ -401,7 +404,7 @@ func newRESTAmidGRPC(t *testing.T, s *testServer) http.RoundTripper {
 func newGRPCAmidREST(t *testing.T, s *testServer) grpc.ClientConnInterface {
 	transport := newTransport(t, 2)
 	get := func() {
-		request, err := http.NewRequest(http.MethodGet, "http://"+s.address+"/healthz", nil)
+		request, err := http.NewRequest(http.MethodGet, s.url+"/healthz", nil)
 		if err != nil {
 			t.Error(err)
 			return
@@ -423,14 +426,14 @@ func newGRPCAmidREST(t *testing.T, s *testServer) grpc.ClientConnInterface {
 			t.Errorf("%d connections were made; this test wants REST and gRPC on one", n)
 		}
 	})
-	return &sharedConn{transport, s.address, get}
+	return &sharedConn{transport, s.url, get}
 }
 
 // sharedConn makes gRPC calls over an HTTP transport, and so over the connection that REST requests
 // use too. grpc-go's client shares its connections with nobody, but proxies do.
 type sharedConn struct {
 	transport http.RoundTripper
-	address   string
+	url       string
 	between   func() // is called before every message, or nil
 }
 
@@ -448,7 +451,7 @@ func (c *sharedConn) Invoke(ctx context.Context, method string, request, reply a
 
 func (c *sharedConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 	body, send := io.Pipe()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+c.address+method, body)
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+method, body)
 	if err != nil {
 		return nil, err
 	}

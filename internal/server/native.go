@@ -1,6 +1,7 @@
 package server
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"maps"
@@ -138,7 +139,7 @@ func (l *nativeListener) Addr() net.Addr { return l.address }
 
 // nativeConn is a connection of a gRPC client.
 type nativeConn struct {
-	*net.TCPConn
+	net.Conn
 	came       []byte // and is to be read first
 	frames     frameCounter
 	tiny       atomic.Int64 // tiny frames that came, beside those of messages that were received
@@ -159,8 +160,8 @@ type nativeConn struct {
 
 // newNativeConn returns a connection on which came is to be read first. When it is closed, closed is
 // called once.
-func (s *Server) newNativeConn(tcp *net.TCPConn, came []byte, closed func()) *nativeConn {
-	c := &nativeConn{TCPConn: tcp, came: came, config: &s.config, allWriting: &s.writing, frames: frameCounter{left: len(http2.ClientPreface)}, calls: map[*call]struct{}{}}
+func (s *Server) newNativeConn(conn net.Conn, came []byte, closed func()) *nativeConn {
+	c := &nativeConn{Conn: conn, came: came, config: &s.config, allWriting: &s.writing, frames: frameCounter{left: len(http2.ClientPreface)}, calls: map[*call]struct{}{}}
 	c.close = sync.OnceValue(func() error {
 		defer closed()
 		c.mu.Lock()
@@ -170,7 +171,7 @@ func (s *Server) newNativeConn(tcp *net.TCPConn, came []byte, closed func()) *na
 		for _, call := range calls {
 			call.lose()
 		}
-		return tcp.Close()
+		return conn.Close()
 	})
 	return c
 }
@@ -181,7 +182,7 @@ func (c *nativeConn) Read(p []byte) (n int, err error) {
 		c.came = c.came[n:]
 	} else {
 		c.came = nil
-		n, err = c.TCPConn.Read(p)
+		n, err = c.Conn.Read(p)
 	}
 	c.received.Add(int64(n))
 	if tiny := c.frames.tiny(p[:n]); tiny > 0 && c.tiny.Add(int64(tiny)) > maxTinyFrames {
@@ -233,9 +234,9 @@ func (c *nativeConn) Write(p []byte) (int, error) {
 		c.allWriting.Add(-1)
 		c.writing.Store(false)
 	}()
-	n, err := c.TCPConn.Write(p)
+	n, err := c.Conn.Write(p)
 	if err != nil {
-		c.Close() // for gRPC now waits until Read fails
+		c.cut() // for gRPC now waits until Read fails
 	}
 	return n, err
 }
@@ -245,6 +246,12 @@ func (c *nativeConn) SetDeadline(t time.Time) error { return c.SetReadDeadline(t
 
 // Close implements net.Conn.
 func (c *nativeConn) Close() error { return c.close() }
+
+// cut closes the connection of a client that does not take what is sent to it.
+func (c *nativeConn) cut() {
+	cut(c.Conn)
+	c.Close()
+}
 
 func (c *nativeConn) begin(call *call) {
 	c.mu.Lock()
@@ -268,7 +275,7 @@ func (c *nativeConn) end(call *call, givenUp bool) {
 	c.mu.Unlock()
 	switch {
 	case tooMany:
-		c.Close()
+		c.cut()
 	case idle:
 		time.AfterFunc(closeDelay, c.closeIdle)
 	}
@@ -302,6 +309,11 @@ type connInfo struct {
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (c connCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	native := conn.(*nativeConn)
+	if over, ok := native.Conn.(*tls.Conn); ok { // whose handshake was made already
+		info := credentials.TLSInfo{State: over.ConnectionState(), CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}
+		return conn, connInfo{info, native}, nil
+	}
 	_, info, err := c.TransportCredentials.ServerHandshake(conn)
-	return conn, connInfo{info, conn.(*nativeConn)}, err
+	return conn, connInfo{info, native}, err
 }

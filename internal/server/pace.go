@@ -176,7 +176,7 @@ type pacedWriter struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	pace    *pace
-	conn    *clearConn // of HTTP/1 in clear text, else nil
+	conn    *greetedConn // of HTTP/1, else nil
 }
 
 // Unwrap is for http.ResponseController.
@@ -263,7 +263,7 @@ func (s *Server) paceRequest(w http.ResponseWriter, r *http.Request) *pacedWrite
 	if r.ProtoMajor == 1 {
 		paced.pace.waits = true
 		paced.pace.fires = time.Now().Add(s.config.StallTimeout) // limitedListener has set it
-		paced.conn, _ = r.Context().Value(connKey{}).(*clearConn)
+		paced.conn, _ = r.Context().Value(connKey{}).(*greetedConn)
 	}
 	return paced
 }

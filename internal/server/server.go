@@ -7,9 +7,10 @@
 //	                                       ├ JSON methods: grpc-gateway ── the same ArtifactService
 //	                                       └ /healthz, /readyz, /openapi.json
 //
-// A connection in clear text on which a gRPC client speaks for itself is found by how it begins, in
-// greeting.go, and goes to grpc-go's own transport, in native.go, which takes less than half of the time
-// that net/http takes for it. All others are net/http's: there REST and gRPC can be mixed, as by proxies.
+// A connection on which a gRPC client speaks for itself is found by how it begins, in greeting.go, and
+// goes to grpc-go's own transport, in native.go, which takes less than half of the time that net/http
+// takes for it. All others are net/http's: there REST and gRPC can be mixed, as by proxies. TLS is below
+// all that, in tls.go: neither of the two knows of it.
 //
 // Errors become statuses of both protocols in one table: status.go. How long the server waits for a
 // client is bounded in pace.go, how many connections there are and how long they are idle in
@@ -22,6 +23,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -74,6 +76,9 @@ type Config struct {
 	DrainTimeout time.Duration
 	// ShutdownTimeout bounds the time in which requests in flight may finish at shutdown.
 	ShutdownTimeout time.Duration
+	// TLS is how the server speaks TLS, for which it must offer "h2" and "http/1.1" (NextProtos), and with
+	// every handshake anew if it has GetConfigForClient. Nil means clear text.
+	TLS *tls.Config
 	// Management is what the methods need that are for those who run a cache. Without it they refuse.
 	Management *Management
 }
@@ -173,6 +178,7 @@ func (s *Server) track(next http.Handler) http.Handler {
 		if s.log.Enabled(r.Context(), LevelTrace) { // its arguments cost more than the question
 			s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
 		}
+		r.TLS = tlsState(r.Context()) // net/http does not know of it
 		s.requests.Add(1)
 		defer s.requestDone()
 		if s.notDraining() != nil {
@@ -198,15 +204,14 @@ func (s *Server) requestDone() {
 // finish within Config.ShutdownTimeout, and cuts those that do not. In that time requests that still
 // come, on connections that are open, are refused with a status that says so. It can be called once.
 //
-// The connections of a listener for TLS must be of *tls.Conn, or HTTP/2 will not be spoken over them.
-// gRPC in clear text goes through net/http if they are not of *net.TCPConn.
+// The listener must not speak TLS itself: that is for Config.TLS.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	limited := newLimitedListener(listener, s.config, func(conn net.Conn) {
 		s.log.Debug("refused a connection, since there are as many as there may be", "client", conn.RemoteAddr(), "connections", s.config.MaxConnections)
 	})
 	native := newNativeListener(listener.Addr())
-	limited.greeter = newGreeter(s.config, func(tcp *net.TCPConn, came []byte) {
-		native.deliver(s.newNativeConn(tcp, came, limited.closed))
+	limited.greeter = newGreeter(s.config, s.log, func(conn net.Conn, came []byte) {
+		native.deliver(s.newNativeConn(conn, came, limited.closed))
 	})
 	s.http.ConnState = limited.changed
 	failed := make(chan error, 1)

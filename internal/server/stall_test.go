@@ -73,7 +73,7 @@ func TestStalledUpload(t *testing.T) {
 		body, send := io.Pipe()
 		defer send.Close()
 		go send.Write(artifactA[:inFile])
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+s.address+"/v1/artifacts/"+keyA, body)
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, s.url+"/v1/artifacts/"+keyA, body)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -273,7 +273,7 @@ func TestServerIsSlow(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, setup{store: slowStore{new(cachetest.Memory)}, change: impatient})
 			if m.rest != nil {
-				request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+s.address+"/v1/artifacts/"+keyA, strings.NewReader(string(artifactA)))
+				request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, s.url+"/v1/artifacts/"+keyA, strings.NewReader(string(artifactA)))
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -37,6 +38,11 @@ func dial(t *testing.T, s *testServer) *wire {
 	conn, err := net.Dial("tcp", s.address)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if strings.HasPrefix(s.url, "https:") {
+		config := clientTLS()
+		config.ServerName = "127.0.0.1"
+		conn = tls.Client(conn, config)
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
@@ -298,7 +304,7 @@ func TestCutMessage(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := startServer(t, setup{})
-			conn := &sharedConn{transport: newTransport(t, 2), address: s.address}
+			conn := &sharedConn{transport: newTransport(t, 2), url: s.url}
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true}, cachev1.ArtifactService_PutArtifact_FullMethodName)
