@@ -19,6 +19,7 @@ var mayImport = map[string][]string{
 	"gen/polykit/cache/v1": {"google.golang.org/grpc"},
 	"internal/artifact":    nil,
 	"internal/cache":       {"internal/artifact"},
+	"internal/certs":       nil,
 	"internal/disk":        {"internal/artifact", "internal/cache"},
 	"internal/index":       {"internal/artifact", "internal/cache"},
 	"internal/retention":   {"internal/artifact", "internal/cache", "internal/disk", "internal/index"},
