@@ -120,6 +120,9 @@ func (b *benchFlags) complete() (err error) {
 	if c.Server, err = client.ParseServer(b.remote.server); err != nil {
 		return usageError("--server is %w", err)
 	}
+	if c.TLS, err = b.remote.tls.config(c.Server); err != nil {
+		return err
+	}
 	c.GRPC, c.Size = b.remote.grpc, int64(b.size)
 	if c.Duration <= 0 || c.Duration > longest {
 		return usageError("--duration is %v; it must be more than 0 and at most %v", c.Duration, longest)
@@ -131,7 +134,7 @@ func (b *benchFlags) complete() (err error) {
 		if !c.KeepAlive {
 			return usageError("--keep-alive=false does not fit --grpc, whose calls share a connection")
 		}
-		conn, err := client.DialGRPC(c.Server) // which does not connect yet
+		conn, err := client.DialGRPC(c.Server, c.TLS) // which does not connect yet
 		if err != nil {
 			return usageError("--server does not fit --grpc: %w", err)
 		}

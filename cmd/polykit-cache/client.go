@@ -59,12 +59,14 @@ type remote interface {
 // remoteFlags are the flags of every command that talks to a server.
 type remoteFlags struct {
 	server string
+	tls    clientTLSFlags
 	grpc   bool
 	json   bool
 }
 
 func (r *remoteFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&r.server, "server", "http://127.0.0.1:8080", "`URL` of the server; a user name and password in it are sent as HTTP Basic")
+	r.tls.add(f)
 	f.BoolVar(&r.grpc, "grpc", false, "speak gRPC instead of REST")
 	addJSON(f, &r.json)
 }
@@ -79,10 +81,14 @@ func (r *remoteFlags) connect() (remote, error) {
 	if err != nil {
 		return nil, usageError("--server is %w", err)
 	}
-	if !r.grpc {
-		return client.NewREST(server), nil
+	config, err := r.tls.config(server)
+	if err != nil {
+		return nil, err
 	}
-	conn, err := client.NewGRPC(server)
+	if !r.grpc {
+		return client.NewREST(server, config), nil
+	}
+	conn, err := client.NewGRPC(server, config)
 	if err != nil {
 		return nil, usageError("--server does not fit --grpc: %w", err)
 	}

@@ -31,7 +31,7 @@ type way interface {
 // newWays returns all ways to talk to the server at an address.
 func newWays(address string) []way {
 	server := &url.URL{Scheme: "http", Host: address}
-	grpc, err := client.NewGRPC(server)
+	grpc, err := client.NewGRPC(server, nil)
 	if err != nil {
 		panic(err) // the address is not one
 	}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,6 +19,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/polykit/polykit-cache/internal/cachetest"
 )
 
 // commands are the programs that tests can run, by name. This binary is all of them.
@@ -53,6 +56,7 @@ func TestScripts(t *testing.T) {
 					return nil
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
+					"certs":      scriptCerts,
 					"exits":      scriptExits,
 					"flip":       scriptFlip,
 					"refused":    scriptRefused,
@@ -103,7 +107,7 @@ func scriptRefused(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // scriptServer is "server [NAME=VALUE...] [FLAG...]": it starts a server on $WORK/store and sets
-// $SERVER to its URL, and $POLYKIT_CACHE_SERVER for the client. At the end of the script the server
+// $SERVER to its URL, $POLYKIT_CACHE_SERVER for the client, and $ADDRESS. At the end of the script the server
 // gets SIGTERM and must exit with status 0.
 func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
@@ -129,8 +133,24 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 		<-p.ended
 		ts.Fatalf("the server does not listen: %s", p.stderr.String())
 	}
-	ts.Setenv("SERVER", "http://"+p.address)
-	ts.Setenv("POLYKIT_CACHE_SERVER", "http://"+p.address)
+	scheme := "http://"
+	if slices.Contains(args, "--tls-cert") {
+		scheme = "https://"
+	}
+	ts.Setenv("ADDRESS", p.address)
+	ts.Setenv("SERVER", scheme+p.address)
+	ts.Setenv("POLYKIT_CACHE_SERVER", scheme+p.address)
+}
+
+// scriptCerts is "certs DIR": it makes an authority, whose certificate is DIR/ca.pem, and DIR/cert.pem with
+// DIR/key.pem, which it issued.
+func scriptCerts(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: certs DIR")
+	}
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o755))
+	cachetest.NewAuthority(args[0]).Write(ts.Value(testingTB{}).(testing.TB), dir, args[0])
 }
 
 // scriptStops has, for each script, what scriptStops its server.

@@ -9,9 +9,11 @@ import (
 	"math"
 	"net"
 	"os"
+	"os/signal"
 	"runtime"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -40,6 +42,7 @@ type serveConfig struct {
 	storageDir      string
 	bind            string
 	port            int
+	tls             serverTLSFlags
 	durability      choiceFlag
 	hotSize         sizeFlag
 	limits          limitFlags
@@ -87,6 +90,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
+	c.tls.add(f)
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
 	c.retention.add(f)
 	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
@@ -166,7 +170,7 @@ func (c *serveConfig) complete() error {
 	c.server.MinDownloadRate = int64(c.minDownloadRate)
 	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
-	return errors.Join(c.retention.complete(), c.limits.complete())
+	return errors.Join(c.tls.complete(), c.retention.complete(), c.limits.complete())
 }
 
 // serve serves until ctx is done.
@@ -181,6 +185,16 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 			log.Info("stopped")
 		}
 	}()
+	loaded, err := c.tls.load(log)
+	if err != nil {
+		return err
+	}
+	hangups := make(chan os.Signal, 1)
+	if loaded != nil {
+		c.server.TLS = loaded.Config()
+		signal.Notify(hangups, syscall.SIGHUP)
+		defer signal.Stop(hangups)
+	}
 	verifier := artifact.NewVerifier(c.limits.limits())
 	store, err := openStorage(disk.Config{
 		Dir:        c.storageDir,
@@ -205,7 +219,7 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast())
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
-		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "version", version())
+		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "version", version())
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
 	var background sync.WaitGroup
 	defer func() {
@@ -213,6 +227,9 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		background.Wait()
 	}()
 	background.Go(func() { store.run(running) })
+	if loaded != nil {
+		background.Go(func() { reloadOnSignal(running, loaded, hangups) })
+	}
 	if c.scrub.Interval > 0 {
 		background.Go(func() { store.Scrub(running, c.scrub) })
 	}

@@ -45,9 +45,9 @@ func takeOff(t *testing.T, p *process, dir string) *flight {
 	t.Helper()
 	server, err := client.ParseServer("http://" + p.address)
 	check(t, err)
-	overGRPC, err := client.NewGRPC(server)
+	overGRPC, err := client.NewGRPC(server, nil)
 	check(t, err)
-	rest := client.NewREST(server)
+	rest := client.NewREST(server, nil)
 	t.Cleanup(func() {
 		rest.Close()
 		overGRPC.Close()
@@ -349,4 +349,39 @@ func TestSignalDuringStart(t *testing.T) {
 	if entries, err := os.ReadDir(tmp); len(entries) != 0 || err != nil {
 		t.Errorf("%d files are left in tmp/, %v", len(entries), err)
 	}
+}
+
+// TestHangup has a server look at its certificates when it gets SIGHUP, which does not end it.
+func TestHangup(t *testing.T) {
+	dir := t.TempDir()
+	cachetest.NewAuthority("authority").Write(t, dir, "server")
+	cmd := exec.Command("polykit-cache", "--port=0", "--storage-dir", filepath.Join(dir, "store"),
+		"--tls-cert", filepath.Join(dir, "cert.pem"), "--tls-key", filepath.Join(dir, "key.pem"))
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
+	stdout, err := cmd.StdoutPipe()
+	check(t, err)
+	check(t, cmd.Start())
+	defer cmd.Process.Kill()
+	log := bufio.NewReader(stdout)
+	until := func(text string) {
+		t.Helper()
+		for {
+			line, err := log.ReadString('\n')
+			if strings.Contains(line, text) {
+				return
+			}
+			if err != nil {
+				t.Fatalf("the log ends before %q: %v", text, err)
+			}
+		}
+	}
+	until("listening")
+	check(t, cmd.Process.Signal(syscall.SIGHUP))
+	until("the certificate files have not changed")
+	check(t, os.Remove(filepath.Join(dir, "key.pem")))
+	check(t, cmd.Process.Signal(syscall.SIGHUP))
+	until("those that were loaded before stay in use")
+	check(t, cmd.Process.Signal(syscall.SIGTERM))
+	until("msg=stopped")
+	check(t, cmd.Wait())
 }

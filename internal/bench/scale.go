@@ -98,7 +98,7 @@ func (b *bench) reconciled(ctx context.Context, server **process, dir string, l 
 	if *server, err = b.startServer(ctx, dir); err != nil {
 		return nil, err
 	}
-	c, err := client.NewGRPC((*server).url)
+	c, err := client.NewGRPC((*server).url, nil)
 	if err != nil {
 		return nil, err
 	}

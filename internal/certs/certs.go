@@ -16,7 +16,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -136,15 +135,16 @@ func (c *Certs) loadOnce() error {
 	names := c.files.names()
 	c.seen = make([]stamp, len(names))
 	content := make([][]byte, len(names))
-	var errs []error
+	var failed error // of the first
 	for i, name := range names {
 		c.seen[i] = stampOf(name) // before it is read, or a change meanwhile would not be noticed
 		var err error
-		content[i], err = read(name)
-		errs = append(errs, err)
+		if content[i], err = read(name); failed == nil {
+			failed = err
+		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return err
+	if failed != nil {
+		return failed
 	}
 	if c.config != nil && slices.EqualFunc(content, c.content, bytes.Equal) {
 		return nil

@@ -31,7 +31,9 @@ func (f ClientFiles) Config() (*tls.Config, error) {
 		if err != nil {
 			return nil, notPair(f.Cert, f.Key, err)
 		}
-		config.Certificates = []tls.Certificate{pair}
+		// Among Certificates crypto/tls looks for one whose authority the server says it knows, and shows
+		// none if there is none, and nobody learns why the server does not know the client.
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	}
 	return config, nil
 }

@@ -132,6 +132,9 @@ type TransportError struct {
 }
 
 func (e *TransportError) Error() string {
+	if strings.Contains(e.Err.Error(), "failed to verify certificate") { // over gRPC there is only the text
+		return fmt.Sprintf("cannot trust %s: %v; if it is the right one, --ca-cert must name the certificate of the authority that issued its own", e.Server, e.Err)
+	}
 	if e.Reached {
 		return fmt.Sprintf("the connection to %s broke: %v; try again", e.Server, e.Err)
 	}

@@ -51,14 +51,14 @@ func parse(t *testing.T, text string) *url.URL {
 
 func newREST(t *testing.T, text string) *client.REST {
 	t.Helper()
-	rest := client.NewREST(parse(t, text))
+	rest := client.NewREST(parse(t, text), nil)
 	t.Cleanup(func() { rest.Close() })
 	return rest
 }
 
 func newGRPC(t *testing.T, text string) *client.GRPC {
 	t.Helper()
-	conn, err := client.NewGRPC(parse(t, text))
+	conn, err := client.NewGRPC(parse(t, text), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -458,7 +458,7 @@ func TestGRPCSendsThePassword(t *testing.T) {
 
 func TestGRPCHasNoPath(t *testing.T) {
 	t.Parallel()
-	_, err := client.NewGRPC(parse(t, "http://127.0.0.1:8080/some/prefix"))
+	_, err := client.NewGRPC(parse(t, "http://127.0.0.1:8080/some/prefix"), nil)
 	want := "the URL of a server has no path over gRPC: give http://host:port or https://host:port"
 	if err == nil || err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)

@@ -46,8 +46,8 @@ type GRPC struct {
 }
 
 // NewGRPC returns a client of the server at a URL of ParseServer, as DialGRPC connects to it.
-func NewGRPC(server *url.URL) (*GRPC, error) {
-	conn, err := DialGRPC(server)
+func NewGRPC(server *url.URL, config *tls.Config) (*GRPC, error) {
+	conn, err := DialGRPC(server, config)
 	if err != nil {
 		return nil, err
 	}
@@ -60,14 +60,15 @@ func NewGRPC(server *url.URL) (*GRPC, error) {
 }
 
 // DialGRPC returns a connection to the server at a URL of ParseServer: over TLS if it begins with
-// https://, and with Basic authentication if it has a name and password. It must not have a path.
-func DialGRPC(server *url.URL, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+// https://, as config says or, if it is nil, as is usual, and with Basic authentication if it has a name and
+// password. It must not have a path.
+func DialGRPC(server *url.URL, config *tls.Config, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if strings.Trim(server.Path, "/") != "" {
 		return nil, errors.New("the URL of a server has no path over gRPC: give http://host:port or https://host:port")
 	}
 	port, secure := "80", credentials.TransportCredentials(insecure.NewCredentials())
 	if server.Scheme == "https" {
-		port, secure = "443", credentials.NewTLS(&tls.Config{})
+		port, secure = "443", credentials.NewTLS(config) // nil is as is usual there too
 	}
 	if server.Port() != "" {
 		port = server.Port()

@@ -3,6 +3,7 @@ package client
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,8 +48,9 @@ type REST struct {
 	http   *http.Client
 }
 
-// NewREST returns a client of the server at a URL of ParseServer.
-func NewREST(server *url.URL) *REST {
+// NewREST returns a client of the server at a URL of ParseServer. TLS is spoken as config says; nil means as is
+// usual.
+func NewREST(server *url.URL, config *tls.Config) *REST {
 	base := *server
 	base.Path = cmp.Or(base.Path, "/") // for JoinPath
 	return &REST{server: &base, name: serverName(server), http: &http.Client{
@@ -56,6 +58,7 @@ func NewREST(server *url.URL) *REST {
 			Proxy:                 http.ProxyFromEnvironment,
 			DialContext:           (&net.Dialer{Timeout: connectTimeout}).DialContext,
 			TLSHandshakeTimeout:   connectTimeout,
+			TLSClientConfig:       config,
 			ResponseHeaderTimeout: answerTimeout,
 			ExpectContinueTimeout: expectTimeout,
 			DisableCompression:    true, // the bytes that were asked for, and no others

@@ -2,6 +2,7 @@ package load
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -26,8 +27,8 @@ const chunkSize = 256 << 10
 // be, and what comes is counted and not looked into.
 type grpcConn struct{ conn *grpc.ClientConn }
 
-func newGRPC(server *url.URL) (*grpcConn, error) {
-	conn, err := client.DialGRPC(server, grpc.WithDefaultCallOptions(grpc.ForceCodecV2(rawCodec{})))
+func newGRPC(server *url.URL, config *tls.Config) (*grpcConn, error) {
+	conn, err := client.DialGRPC(server, config, grpc.WithDefaultCallOptions(grpc.ForceCodecV2(rawCodec{})))
 	if err != nil {
 		return nil, err
 	}

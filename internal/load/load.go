@@ -5,6 +5,7 @@ package load
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -46,6 +47,8 @@ var mix = slices.Concat(slices.Repeat([]Operation{Get}, 12), slices.Repeat([]Ope
 type Config struct {
 	// Server is the URL of a client.ParseServer.
 	Server *url.URL
+	// TLS is how TLS is spoken; nil means as is usual.
+	TLS *tls.Config
 	// GRPC speaks gRPC, all clients over one connection, instead of REST, each over its own.
 	GRPC      bool
 	Operation Operation
@@ -178,7 +181,7 @@ func (l *Load) Run(ctx context.Context) (*Result, error) {
 // connect returns a conn for each client. None is connected yet.
 func (l *Load) connect() ([]conn, error) {
 	if l.config.GRPC {
-		shared, err := newGRPC(l.config.Server)
+		shared, err := newGRPC(l.config.Server, l.config.TLS)
 		if err != nil {
 			return nil, err
 		}
@@ -186,7 +189,7 @@ func (l *Load) connect() ([]conn, error) {
 	}
 	var conns []conn
 	for range l.config.Clients {
-		conns = append(conns, newREST(l.config.Server, l.config.KeepAlive))
+		conns = append(conns, newREST(l.config.Server, l.config.TLS, l.config.KeepAlive))
 	}
 	return conns, nil
 }

@@ -26,6 +26,7 @@ const bufferSize = 256 << 10
 // looks at three headers of an answer, since a client of net/http costs more than the server.
 type restConn struct {
 	server    *url.URL
+	tls       *tls.Config
 	keepAlive bool
 	base      string // of the path, up to the key
 	headers   string // of every request
@@ -37,7 +38,7 @@ type restConn struct {
 	buf     []byte
 }
 
-func newREST(server *url.URL, keepAlive bool) *restConn {
+func newREST(server *url.URL, config *tls.Config, keepAlive bool) *restConn {
 	headers := " HTTP/1.1\r\nHost: " + server.Host + "\r\n"
 	if server.User != nil {
 		password, _ := server.User.Password()
@@ -48,6 +49,7 @@ func newREST(server *url.URL, keepAlive bool) *restConn {
 	}
 	return &restConn{
 		server:    server,
+		tls:       config,
 		keepAlive: keepAlive,
 		base:      strings.TrimSuffix(server.EscapedPath(), "/") + "/v1/artifacts/",
 		headers:   headers,
@@ -62,7 +64,7 @@ func (c *restConn) dial(ctx context.Context) (net.Conn, error) {
 		if port == "" {
 			port = "443"
 		}
-		return (&tls.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(c.server.Hostname(), port))
+		return (&tls.Dialer{Config: c.tls}).DialContext(ctx, "tcp", net.JoinHostPort(c.server.Hostname(), port))
 	}
 	if port == "" {
 		port = "80"

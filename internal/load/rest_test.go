@@ -34,7 +34,7 @@ func TestRefusedInTheMiddle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newREST(&url.URL{Scheme: "http", Host: "localhost"}, true)
+	c := newREST(&url.URL{Scheme: "http", Host: "localhost"}, nil, true)
 	for answer, want := range map[string]string{
 		"HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\n\r\n": "the server answered 413 Request Entity Too Large, not 201 Created",
 		"": "broken pipe",
