@@ -87,11 +87,11 @@ func TestAbortedUploadHTTP1(t *testing.T) {
 	}{
 		{"closed", func(w *wire) { w.Close() }},
 		{"reset", func(w *wire) {
-			w.Conn.(*net.TCPConn).SetLinger(0)
+			w.tcp.SetLinger(0)
 			w.Close()
 		}},
 		{"half closed", func(w *wire) {
-			w.Conn.(*net.TCPConn).CloseWrite()
+			w.Conn.(interface{ CloseWrite() error }).CloseWrite()
 			w.want("PUT", 400, `{"error":"The upload ended before the artifact did"}`)
 			w.wantEnd()
 		}},
@@ -265,7 +265,7 @@ func dialGRPC(t *testing.T, s *testServer, shared bool) (conn grpc.ClientConnInt
 		return &sharedConn{transport: transport, url: s.url}, cut
 	}
 	made := make(chan net.Conn, 16)
-	own, err := grpc.NewClient(s.address, s.security(),
+	own, err := grpc.NewClient(s.address, security(s.url),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 			if err == nil {
@@ -341,7 +341,7 @@ func TestAbortedDownload(t *testing.T) {
 	overHTTP1 := func(end func(*wire)) func(*testing.T, int) {
 		return func(t *testing.T, n int) {
 			conn := dial(t, s)
-			conn.Conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+			conn.tcp.SetReadBuffer(64 << 10)
 			conn.send("GET /v1/artifacts/" + keyA + " HTTP/1.1\r\nHost: x\r\n\r\n")
 			if _, err := io.CopyN(io.Discard, conn.in, int64(n)); err != nil {
 				t.Fatal(err)
@@ -408,7 +408,7 @@ func TestAbortedDownload(t *testing.T) {
 	}{
 		{"HTTP1 closed", overHTTP1(func(w *wire) { w.Close() })},
 		{"HTTP1 reset", overHTTP1(func(w *wire) {
-			w.Conn.(*net.TCPConn).SetLinger(0)
+			w.tcp.SetLinger(0)
 			w.Close()
 		})},
 		{"HTTP2 stream", overHTTP2("stream")},

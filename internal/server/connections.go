@@ -154,7 +154,16 @@ func (i *idleConns) look() {
 func refuseConnection(conn net.Conn) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(refusalTimeout))
-	if _, err := io.WriteString(conn, overloadAnswer); err != nil {
+	answer := overloadAnswer
+	if over, ok := conn.(*tls.Conn); ok {
+		if err := over.Handshake(); err != nil {
+			if conn = clearTextOf(err); conn == nil {
+				return
+			}
+			answer = notTLS
+		}
+	}
+	if _, err := io.WriteString(conn, answer); err != nil {
 		return
 	}
 	// A connection that is closed while the client sends is reset, and the answer lost.

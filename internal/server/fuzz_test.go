@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"mime"
 	"mime/multipart"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -19,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/polykit/polykit-cache/internal/cachetest"
 	"github.com/polykit/polykit-cache/internal/server"
@@ -186,15 +184,11 @@ func FuzzREST(f *testing.F) {
 		header = strings.ReplaceAll(words.Replace(header), "{n}", strconv.Itoa(len(body)))
 		raw := method + " " + words.Replace(target) + " HTTP/1.1\r\nHost: x\r\n" + header + "\r\n\r\n" + body
 
-		conn, err := net.Dial("tcp", s.address)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := dial(t, s)
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(patience))
 		// The server may close the connection before all is sent.
 		io.WriteString(conn, raw)
-		conn.(*net.TCPConn).CloseWrite()
+		conn.Conn.(interface{ CloseWrite() error }).CloseWrite()
 		answer, err := io.ReadAll(conn)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("no end of the answer: %.500q", answer)

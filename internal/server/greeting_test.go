@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -117,7 +118,7 @@ func TestGreeting(t *testing.T) {
 				s := startServer(t, setup{})
 				havingA(t, s)
 				conn := dial(t, s)
-				conn.Conn.(*net.TCPConn).SetNoDelay(true)
+				conn.tcp.SetNoDelay(true)
 				framer := http2.NewFramer(conn, conn.in)
 				framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 				g := &greeted{t: t, framer: framer}
@@ -298,10 +299,10 @@ func TestNativeIdle(t *testing.T) {
 	}})
 	havingA(t, s)
 	ended := make(chan struct{}, 10)
-	conn, err := grpc.NewClient(s.address, s.security(),
+	conn, err := grpc.NewClient(s.address, security(s.url),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-			return &endingConn{conn, ended}, err
+			return &endingConn{Conn: conn, ended: ended}, err
 		}))
 	if err != nil {
 		t.Fatal(err)
@@ -333,17 +334,21 @@ func TestNativeIdle(t *testing.T) {
 type endingConn struct {
 	net.Conn
 	ended chan struct{}
+	once  sync.Once
 }
 
 func (c *endingConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if err != nil {
-		select {
-		case c.ended <- struct{}{}:
-		default:
-		}
+		c.once.Do(func() { c.ended <- struct{}{} })
 	}
 	return n, err
+}
+
+// Close is what a client does which has read of the end within TLS.
+func (c *endingConn) Close() error {
+	c.once.Do(func() { c.ended <- struct{}{} })
+	return c.Conn.Close()
 }
 
 // TestSlowUploadOfLargeMessage proves that a client which sends slowly, but as fast as it must, may take

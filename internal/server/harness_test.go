@@ -55,7 +55,7 @@ type setup struct {
 	maxSize int64
 	// limits bound artifacts; the zero ones are artifact.DefaultLimits.
 	limits artifact.Limits
-	// tls says that the server speaks TLS and nothing else.
+	// tls says that the server speaks TLS and nothing else, which all do with POLYKIT_CACHE_TEST_TLS.
 	tls bool
 	// sendBuffer is how much the operating system takes from the server before a client reads it; 0
 	// means as much as it likes, which can be megabytes.
@@ -88,6 +88,7 @@ type testServer struct {
 func startServer(t testing.TB, setup setup) *testServer {
 	t.Helper()
 	s := &testServer{log: &recorder{}, conns: &atomic.Int64{}}
+	setup.tls = setup.tls || os.Getenv("POLYKIT_CACHE_TEST_TLS") != ""
 	if setup.limits == (artifact.Limits{}) {
 		setup.limits = artifact.DefaultLimits
 	}
@@ -309,16 +310,17 @@ var mouths = []mouth{
 	{name: "gRPC amid REST", grpc: newGRPCAmidREST},
 }
 
-// tlsMouths are those of a server that speaks TLS.
+// tlsMouths are those of a server that speaks TLS: REST, gRPC, REST, gRPC.
 var tlsMouths = []mouth{
 	{tls: true, name: "REST over HTTP1 and TLS", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 1) }},
 	{tls: true, name: "gRPC over TLS", grpc: newGRPC},
 	{tls: true, name: "REST over HTTP2 and TLS", rest: func(t *testing.T, s *testServer) http.RoundTripper { return newTransport(t, 2) }},
+	{tls: true, name: "gRPC amid REST over TLS", grpc: newGRPCAmidREST},
 }
 
 // newGRPC returns a connection of grpc-go's own.
 func newGRPC(t *testing.T, s *testServer) grpc.ClientConnInterface {
-	conn, err := grpc.NewClient(s.address, s.security())
+	conn, err := grpc.NewClient(s.address, security(s.url))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -326,9 +328,9 @@ func newGRPC(t *testing.T, s *testServer) grpc.ClientConnInterface {
 	return conn
 }
 
-// security is how clients of gRPC speak to the server.
-func (s *testServer) security() grpc.DialOption {
-	if strings.HasPrefix(s.url, "https:") {
+// security is how clients of gRPC speak to the server at a URL.
+func security(url string) grpc.DialOption {
+	if strings.HasPrefix(url, "https:") {
 		return grpc.WithTransportCredentials(credentials.NewTLS(clientTLS()))
 	}
 	return grpc.WithTransportCredentials(insecure.NewCredentials())

@@ -42,6 +42,7 @@ type asker func(t *testing.T, m method, response proto.Message) error
 func askers(s *testServer) map[string]func(t *testing.T) asker {
 	return map[string]func(t *testing.T) asker{
 		"REST": func(t *testing.T) asker {
+			transport := newTransport(t, 1)
 			return func(t *testing.T, m method, response proto.Message) error {
 				var body io.Reader
 				if m.verb == http.MethodPost {
@@ -55,7 +56,7 @@ func askers(s *testServer) map[string]func(t *testing.T) asker {
 				if err != nil {
 					t.Fatal(err)
 				}
-				answer, err := http.DefaultClient.Do(request)
+				answer, err := transport.RoundTrip(request)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -38,7 +38,7 @@ func TestOverload(t *testing.T) {
 			var inProgress []halfUpload
 			for i := range 2 {
 				key := cachetest.Key(fmt.Sprint("in progress ", i))
-				inProgress = append(inProgress, halfUploads["HTTP1"](t, s.address, key, cachetest.Random(key, 100_000)))
+				inProgress = append(inProgress, halfUploads["HTTP1"](t, s.url, key, cachetest.Random(key, 100_000)))
 				waitUntil(t, "the upload begins", func() bool { return s.uploadsInProgress() == i+1 })
 			}
 			for _, m := range mouths {
@@ -95,7 +95,7 @@ func TestUploadsWait(t *testing.T) {
 	var first []halfUpload
 	for i := range 2 {
 		key := cachetest.Key(fmt.Sprint("first ", i))
-		first = append(first, halfUploads["HTTP1"](t, s.address, key, cachetest.Random(key, 100_000)))
+		first = append(first, halfUploads["HTTP1"](t, s.url, key, cachetest.Random(key, 100_000)))
 	}
 	waitUntil(t, "two uploads begin", func() bool { return s.uploadsInProgress() == 2 })
 	finished := make(chan error)
@@ -103,7 +103,7 @@ func TestUploadsWait(t *testing.T) {
 	for protocol, begin := range halfUploads {
 		for i := range 3 {
 			key := cachetest.Key(fmt.Sprint(protocol, i))
-			upload := begin(t, s.address, key, cachetest.Random(key, 1000))
+			upload := begin(t, s.url, key, cachetest.Random(key, 1000))
 			go func() { finished <- upload.finish() }()
 			n++
 		}

@@ -64,15 +64,16 @@ type halfUpload struct {
 }
 
 // halfUploads begin an upload over each protocol.
-var halfUploads = map[string]func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload{
-	"HTTP1": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
-		return halfHTTP(t, newTransport(t, 1), "http://"+address, key, body)
+var halfUploads = map[string]func(t *testing.T, url string, key artifact.Key, body []byte) halfUpload{
+	"HTTP1": func(t *testing.T, url string, key artifact.Key, body []byte) halfUpload {
+		return halfHTTP(t, newTransport(t, 1), url, key, body)
 	},
-	"HTTP2": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
-		return halfHTTP(t, newTransport(t, 2), "http://"+address, key, body)
+	"HTTP2": func(t *testing.T, url string, key artifact.Key, body []byte) halfUpload {
+		return halfHTTP(t, newTransport(t, 2), url, key, body)
 	},
-	"gRPC": func(t *testing.T, address string, key artifact.Key, body []byte) halfUpload {
-		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	"gRPC": func(t *testing.T, url string, key artifact.Key, body []byte) halfUpload {
+		_, address, _ := strings.Cut(url, "://")
+		conn, err := grpc.NewClient(address, security(url))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +156,7 @@ func TestShutdownFinishes(t *testing.T) {
 			s, dir := newServer(t, nil)
 			address, stop, served := serveUntil(t, s)
 			key := cachetest.Key("a")
-			upload := begin(t, address, key, cachetest.Random(key, 500_000))
+			upload := begin(t, "http://"+address, key, cachetest.Random(key, 500_000))
 			waitForUpload(t, dir)
 			stop()
 			waitUntil(t, "the server refuses connections", func() bool {
@@ -185,7 +186,7 @@ func TestShutdownCuts(t *testing.T) {
 			s, dir := newServer(t, func(c *server.Config) { c.ShutdownTimeout = 50 * time.Millisecond })
 			address, stop, served := serveUntil(t, s)
 			key := cachetest.Key("a")
-			upload := begin(t, address, key, cachetest.Random(key, 500_000))
+			upload := begin(t, "http://"+address, key, cachetest.Random(key, 500_000))
 			waitForUpload(t, dir)
 			stop()
 			if err := <-served; err != nil {
@@ -235,7 +236,7 @@ func TestShutdownRefuses(t *testing.T) {
 	}
 
 	key := cachetest.Key("a")
-	upload := halfUploads["HTTP1"](t, address, key, cachetest.Random(key, 500_000))
+	upload := halfUploads["HTTP1"](t, "http://"+address, key, cachetest.Random(key, 500_000))
 	waitForUpload(t, dir)
 	stop()
 	waitUntil(t, "the server drains", func() bool { return s.Ready(t.Context()) != nil })

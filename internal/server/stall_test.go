@@ -185,7 +185,7 @@ func TestStalledDownload(t *testing.T) {
 	t.Run("HTTP1", func(t *testing.T) {
 		s := start(t)
 		conn := dial(t, s)
-		conn.Conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+		conn.tcp.SetReadBuffer(64 << 10)
 		conn.send("GET /v1/artifacts/" + keyA + " HTTP/1.1\r\nHost: x\r\n\r\n")
 		if _, err := conn.in.Peek(1); err != nil {
 			t.Fatal(err)
@@ -455,7 +455,7 @@ func TestUntakenInterimAnswers(t *testing.T) {
 			ctx, stop := context.WithCancel(context.Background())
 			served := make(chan error, 1)
 			go func() { served <- s.Serve(ctx, listener) }()
-			client := &wire{t, conn, bufio.NewReader(conn)}
+			client := &wire{t, conn, bufio.NewReader(conn), nil}
 			client.SetDeadline(time.Now().Add(patience))
 			client.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
 			client.want("GET", 200, `{"status":"ok"}`)

@@ -64,8 +64,8 @@ func (c *greetedConn) handshake() error {
 	over.SetDeadline(time.Now().Add(config.HeaderTimeout))
 	if err := over.Handshake(); err != nil {
 		c.greeter.log.Debug("no TLS handshake", "client", over.RemoteAddr(), "error", err)
-		if fault, ok := errors.AsType[tls.RecordHeaderError](err); ok && fault.Conn != nil && looksLikeHTTP(fault.RecordHeader) {
-			io.WriteString(fault.Conn, notTLS)
+		if conn := clearTextOf(err); conn != nil {
+			io.WriteString(conn, notTLS)
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			linger(over.NetConn(), config)
@@ -76,6 +76,15 @@ func (c *greetedConn) handshake() error {
 	over.SetReadDeadline(time.Now().Add(config.HeaderTimeout)) // in which the first header must be there
 	state := over.ConnectionState()
 	c.tls = &state
+	return nil
+}
+
+// clearTextOf returns the connection below TLS of a client that speaks HTTP in clear text, by the error of the
+// handshake; nil if it speaks something else.
+func clearTextOf(err error) net.Conn {
+	if fault, ok := errors.AsType[tls.RecordHeaderError](err); ok && looksLikeHTTP(fault.RecordHeader) {
+		return fault.Conn
+	}
 	return nil
 }
 

@@ -30,7 +30,8 @@ import (
 type wire struct {
 	t *testing.T
 	net.Conn
-	in *bufio.Reader
+	in  *bufio.Reader
+	tcp *net.TCPConn // below Conn, or the same
 }
 
 func dial(t *testing.T, s *testServer) *wire {
@@ -39,6 +40,7 @@ func dial(t *testing.T, s *testServer) *wire {
 	if err != nil {
 		t.Fatal(err)
 	}
+	tcp := conn.(*net.TCPConn)
 	if strings.HasPrefix(s.url, "https:") {
 		config := clientTLS()
 		config.ServerName = "127.0.0.1"
@@ -46,7 +48,7 @@ func dial(t *testing.T, s *testServer) *wire {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
-	return &wire{t, conn, bufio.NewReader(conn)}
+	return &wire{t, conn, bufio.NewReader(conn), tcp}
 }
 
 // sendUntilCut sends the same part again and again without reading, until the server cuts the connection.
