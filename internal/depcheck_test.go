@@ -18,6 +18,7 @@ const module = "github.com/polykit/polykit-cache/"
 var mayImport = map[string][]string{
 	"gen/polykit/cache/v1": {"google.golang.org/grpc"},
 	"internal/artifact":    nil,
+	"internal/auth":        {"internal/artifact"},
 	"internal/cache":       {"internal/artifact"},
 	"internal/certs":       nil,
 	"internal/disk":        {"internal/artifact", "internal/cache"},
