@@ -13,7 +13,9 @@ import (
 	"github.com/polykit/polykit-cache/internal/auth"
 )
 
-func newLog() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
+func newLog() *slog.Logger { return newLogTo(io.Discard) }
+
+func newLogTo(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
 func nowFunc() time.Time { return now }
 

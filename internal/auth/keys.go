@@ -136,7 +136,7 @@ func (k *keySet) fetch() {
 	defer cancel()
 	keys, err := k.discover(ctx)
 	if err != nil {
-		k.log.Warn("an OIDC issuer does not tell its keys; it is asked again when they are next needed", "issuer", k.issuer, "error", err)
+		defer k.log.Warn("an OIDC issuer does not tell its keys; it is asked again when they are next needed", "issuer", k.issuer, "error", err)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
