@@ -11,8 +11,7 @@ import (
 
 // eachFlag calls f with every flag that can be set in the environment.
 func eachFlag(f func(cmd *cobra.Command, flag *pflag.Flag)) {
-	root := rootCommand()
-	for _, cmd := range append(root.Commands(), root) {
+	for _, cmd := range withBelow(rootCommand()) {
 		cmd.Flags().VisitAll(func(flag *pflag.Flag) {
 			if hasEnvironment(flag) {
 				f(cmd, flag)
@@ -74,10 +73,7 @@ func TestEnvironmentNamesAreNotThoseOfKubernetes(t *testing.T) {
 func TestHelpNamesTheEnvironmentOfEveryFlag(t *testing.T) {
 	t.Parallel()
 	eachFlag(func(cmd *cobra.Command, flag *pflag.Flag) {
-		args := []string{cmd.Name(), "--help"}
-		if !cmd.HasParent() {
-			args = args[1:]
-		}
+		args := append(strings.Fields(cmd.CommandPath())[1:], "--help")
 		_, stdout, _ := polykit(t, args...)
 		line := regexp.MustCompile(`(?m)--` + flag.Name + `\b.*\[\$` + environmentName(flag.Name) + `\]`)
 		if !line.MatchString(stdout) {
@@ -88,7 +84,11 @@ func TestHelpNamesTheEnvironmentOfEveryFlag(t *testing.T) {
 
 func TestEveryCommandHasHelp(t *testing.T) {
 	t.Parallel()
-	for _, cmd := range clientCommands() {
+	commands := clientCommands()
+	for _, cmd := range []*cobra.Command{authCommand(), tokenCommand()} {
+		commands = append(commands, withBelow(cmd)...)
+	}
+	for _, cmd := range commands {
 		if cmd.Short == "" || cmd.Long == "" || cmd.Example == "" {
 			t.Errorf("%s lacks a part of its help", cmd.Name())
 		}

@@ -10,12 +10,13 @@ const rootLong = `polykit-cache is a self-hosted remote cache for build artifact
 
 Without a command it serves: REST for Polykit and gRPC for other tools, on one port, over artifacts
 that were proved sound before they can be seen. The commands talk to a server that runs, but for pack,
-verify, import and completion, which need none:
+verify, import, auth, token and completion, which need none:
 
   put, get, stat, files                     upload and download artifacts, and look into them
   list, stats, missing, quarantine          see what is stored
   delete, pin, unpin, gc                    change it
   import                                    take artifacts over from elsewhere
+  auth, token                               say who may do what, and make tokens
 
 A flag whose help names a variable can be set in the environment too; a flag on the command line wins.
 
@@ -47,11 +48,20 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd.Flags()) }
 	root.AddCommand(clientCommands()...)
-	root.AddCommand(verifyCommand(), importCommand())
-	for _, cmd := range append(root.Commands(), root) {
+	root.AddCommand(verifyCommand(), importCommand(), authCommand(), tokenCommand())
+	for _, cmd := range withBelow(root) {
 		describeEnvironment(cmd.Flags())
 	}
 	return root
+}
+
+// withBelow returns a command and all those below it.
+func withBelow(cmd *cobra.Command) []*cobra.Command {
+	all := []*cobra.Command{cmd}
+	for _, below := range cmd.Commands() {
+		all = append(all, withBelow(below)...)
+	}
+	return all
 }
 
 // explainArgs makes usage errors of what a command says of its arguments, and those below it.

@@ -36,6 +36,7 @@ func TestScripts(t *testing.T) {
 		env         []string
 	}{
 		{"pack", "testdata/script/pack.txtar", nil},
+		{"auth", "testdata/script/auth_*.txtar", nil},
 		{"bench", "testdata/script/bench.txtar", nil},
 		{"server", "testdata/script/server_*.txtar", nil},
 		{"rest", "testdata/script/client_*.txtar", nil},
