@@ -48,7 +48,7 @@ slow: ## Measure what 5,000 slow clients (or CLIENTS=n) cost others; takes some 
 # Each target in turn, since go test can fuzz only one at a time.
 .PHONY: fuzz
 fuzz: ## Fuzz each target for 20 minutes (or FUZZTIME=1h)
-	@for package in artifact server; do \
+	@for package in artifact auth server; do \
 		for target in $$(go test -list='^Fuzz' ./internal/$$package | grep '^Fuzz'); do \
 			(set -x; go test -run='^$$' -fuzz="^$$target\$$" -fuzztime=$(or $(FUZZTIME),20m) ./internal/$$package) || exit; \
 		done; \
