@@ -30,7 +30,7 @@ type verified struct {
 // ParseClaims returns the claims in a JSON object. Whole numbers are int64, others float64.
 func ParseClaims(text []byte) (map[string]any, error) {
 	decoder := josejson.NewDecoder(strings.NewReader(string(text))) // which refuses a member that is there twice
-	decoder.UseNumber()
+	decoder.SetNumberType(josejson.UnmarshalJSONNumber)
 	var claims map[string]any
 	if err := decoder.Decode(&claims); err != nil {
 		return nil, err
