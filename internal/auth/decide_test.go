@@ -246,6 +246,32 @@ func TestOperateNeedsAllScopes(t *testing.T) {
 	}
 }
 
+// A scope belongs to the entry that names it, or else to the longest pattern, wherever they stand.
+func TestScopeBelongsToTheClosest(t *testing.T) {
+	for _, order := range [][]string{{"a*", "ab", "ab*", "*"}, {"*", "ab*", "ab", "a*"}, {"ab", "*", "a*", "ab*"}} {
+		p := parse(t, "scopes:\n  - name: \""+strings.Join(order, "\"\n  - name: \"")+"\"\n")
+		for name, want := range map[string]string{"ab": "ab", "abc": "ab*", "ac": "a*", "a": "a*", "b": "*", "default": "*"} {
+			if e := p.EntryOf(scope(t, name)); e == nil || e.Name != want {
+				t.Errorf("in %v %s belongs to %+v, want %s", order, name, e, want)
+			}
+		}
+	}
+}
+
+// An admin promotes only between scopes that it may use.
+func TestAdminOfOneScopePromotesNothing(t *testing.T) {
+	p := parse(t, "scopes: [{name: default}, {name: x}, {name: y}]\nanonymous: {role: reader}\nrules: [{name: r, certificate: true, when: true, role: admin, scope: x}]\n")
+	d := p.Explain(certificate("a"), "", auth.Administrate)
+	if !d.Allowed {
+		t.Fatal(d.Refused)
+	}
+	for _, way := range [][2]string{{"x", "default"}, {"y", "x"}, {"y", "default"}} {
+		if err := d.Access.MayPromote(scope(t, way[0]), scope(t, way[1])); err == nil {
+			t.Errorf("it may promote from %s to %s", way[0], way[1])
+		}
+	}
+}
+
 func newAuthenticator(t testing.TB, text string, change func(*auth.Config)) *auth.Authenticator {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "auth.yaml")

@@ -47,11 +47,14 @@ func startIssuer(t testing.TB) *issuer {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, r *http.Request) {
 		i.mu.Lock()
-		down, block, change := i.down, i.block, i.discovery
+		block := i.block
 		i.mu.Unlock()
 		if block != nil {
 			<-block
 		}
+		i.mu.Lock()
+		down, change := i.down, i.discovery
+		i.mu.Unlock()
 		if down {
 			http.Error(w, "down", http.StatusBadGateway)
 			return
@@ -65,6 +68,13 @@ func startIssuer(t testing.TB) *issuer {
 	mux.HandleFunc("GET /keys", func(w http.ResponseWriter, r *http.Request) {
 		i.asked.Add(1)
 		w.Write(i.keySet())
+	})
+	mux.HandleFunc("GET /keys/moved", func(w http.ResponseWriter, r *http.Request) {
+		to := r.FormValue("to")
+		if to == "" {
+			to = r.URL.Path
+		}
+		http.Redirect(w, r, to, http.StatusFound)
 	})
 	i.Server = httptest.NewTLSServer(mux)
 	t.Cleanup(func() {
@@ -390,18 +400,28 @@ func TestIssuerIsSlow(t *testing.T) {
 
 // What an issuer says wrong is no key.
 func TestIssuerSaysWrong(t *testing.T) {
-	for name, change := range map[string]func(map[string]any){
-		"another issuer":    func(m map[string]any) { m["issuer"] = "https://evil.example" },
-		"keys without TLS":  func(m map[string]any) { m["jwks_uri"] = "http://keys.example/keys" },
-		"no keys":           func(m map[string]any) { delete(m, "jwks_uri") },
-		"more than is read": func(m map[string]any) { m["x"] = strings.Repeat("x", 1<<20) },
+	for _, c := range []struct {
+		name   string
+		change func(map[string]any)
+		want   string
+	}{
+		{"another issuer", func(m map[string]any) { m["issuer"] = "https://evil.example" }, "it calls itself"},
+		{"keys without TLS", func(m map[string]any) { m["jwks_uri"] = "http://keys.example/keys" }, "no URL that begins with https://"},
+		{"no keys", func(m map[string]any) { delete(m, "jwks_uri") }, "no URL that begins with https://"},
+		{"keys that are elsewhere without TLS", func(m map[string]any) { m["jwks_uri"] = m["jwks_uri"].(string) + "/moved?to=http://keys.example/keys" }, "no URL that begins with https://"},
+		{"keys that move on and on", func(m map[string]any) { m["jwks_uri"] = m["jwks_uri"].(string) + "/moved" }, "more than 3 times"},
+		{"more than is read", func(m map[string]any) { m["x"] = strings.Repeat("x", 1<<20) }, "more than 1048576 bytes"},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(c.name, func(t *testing.T) {
 			w := startWorld(t)
-			w.issuer.set(func() { w.issuer.discovery = change })
+			w.issuer.set(func() { w.issuer.discovery = c.change })
 			mustMatch(t, w.as(t, w.issuer.token(t, "1", nil)), "issuer_unavailable 503 .*")
 			if n := w.issuer.asked.Load(); n != 0 {
 				t.Errorf("its keys were asked for %d times", n)
+			}
+			w.log.await("does not tell its keys", 1)
+			if text := w.log.String(); !strings.Contains(text, c.want) {
+				t.Errorf("the log is %s", text)
 			}
 		})
 	}
@@ -411,6 +431,10 @@ func TestIssuerSaysWrong(t *testing.T) {
 func TestKeysOfAllKinds(t *testing.T) {
 	w := startWorld(t)
 	large, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -432,6 +456,8 @@ func TestKeysOfAllKinds(t *testing.T) {
 			jose.JSONWebKey{Key: secret, KeyID: "plain"},
 			jose.JSONWebKey{Key: private, KeyID: "private"},
 			jose.JSONWebKey{Key: private.Public(), KeyID: "enc", Use: "enc"},
+			jose.JSONWebKey{Key: large.Public(), KeyID: "other", Algorithm: "RS512"},
+			jose.JSONWebKey{Key: small.Public(), KeyID: "small"},
 		}
 	})
 	claims := map[string]any{"iss": w.issuer.URL, "sub": "repo:octo/x", "aud": "polykit-cache", "exp": now.Add(time.Minute).Unix(), "ref": "refs/heads/main", "repository_owner": "octo"}
@@ -448,6 +474,8 @@ func TestKeysOfAllKinds(t *testing.T) {
 		{"HMAC", with(jose.HS256, secret, "secret"), "algorithm 401 .*"},
 		{"HMAC without alg", with(jose.HS256, secret, "plain"), "algorithm 401 .*"},
 		{"private", with(jose.ES256, private, "private"), "unknown_key 401 .*"},
+		{"a key for another algorithm", with(jose.RS256, large, "other"), "signature 401 .*"},
+		{"a small key", with(jose.RS256, small, "small"), "unknown_key 401 .*"},
 		{"for encryption", with(jose.ES256, private, "enc"), "unknown_key 401 .*"},
 	} {
 		t.Run(c.name, func(t *testing.T) { mustMatch(t, w.as(t, c.token), c.want) })

@@ -113,8 +113,33 @@ func TestRunNotices(t *testing.T) {
 	}
 	log.await("the auth file was read", 3)
 	mustMatch(t, w.as(t, "pkc_1"), "token 1")
-	if n := strings.Count(log.String(), "the auth file is wrong"); n != 1 {
-		t.Errorf("it was said %d times that the file is wrong, want once", n)
+}
+
+// A change is taken when it stays, so that half a file is not, and a wrong one is said once.
+func TestChangeIsTakenWhenItStays(t *testing.T) {
+	w := startWorld(t)
+	look := w.Watch()
+	whole := only("a") + strings.TrimPrefix(only("b"), "tokens:\n")
+	half := whole[:strings.Index(whole, "  - {name: b")]
+	write(t, w.file, half)
+	look()
+	mustMatch(t, w.as(t, ciToken), "token ci")
+	write(t, w.file, whole)
+	look()
+	mustMatch(t, w.as(t, ciToken), "token ci")
+	look()
+	mustMatch(t, w.as(t, "pkc_b"), "token b")
+	for range 2 {
+		write(t, w.file, "tokens: x")
+		for range 5 {
+			look()
+		}
+		mustMatch(t, w.as(t, "pkc_b"), "token b")
+		write(t, w.file, whole) // and back, so that nothing is to be read
+		look()
+	}
+	if text := w.log.String(); strings.Count(text, "the auth file is wrong") != 2 || strings.Count(text, "the auth file was read") != 1 {
+		t.Errorf("the log is %s", text)
 	}
 }
 

@@ -43,14 +43,7 @@ func (p pattern) matches(scope artifact.Scope) bool {
 
 // readBy returns what a scope that belongs to the entry reads, in order.
 func (e *ScopeEntry) readBy(scope artifact.Scope) []artifact.Scope {
-	reads := make([]artifact.Scope, 0, 1+len(e.reads))
-	reads = append(reads, scope)
-	for _, other := range e.reads {
-		if other != scope { // as another entry, it is more trusted, and never the same
-			reads = append(reads, other)
-		}
-	}
-	return reads
+	return append([]artifact.Scope{scope}, e.reads...)
 }
 
 // entryOf returns the entry that a scope belongs to, or nil if there is none.
