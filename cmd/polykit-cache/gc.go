@@ -23,9 +23,10 @@ every minute; gc is for other limits than it has, for a look at what they would 
 directory that no server uses.
 
 What goes first: what was not used for --max-age; then, of each task of a package, what is beyond
-the --keep-last newest artifacts; then, until everything fits into --max-storage and --min-free is
-free, what was not used the longest. Pinned artifacts are never removed. What was removed can be
-uploaded again. Downloads that have begun get all of it.
+the --keep-last newest artifacts in its scope; then, until everything fits into --max-storage and
+--min-free is free, what was not used the longest. --scope-retention says what is kept in some
+scopes, besides what holds for all: the stricter of the two counts. Pinned artifacts are never
+removed. What was removed can be uploaded again. Downloads that have begun get all of it.
 
 The limits hold for this one run. It asks the server at --server, whose own limits hold where no
 other was given. With --storage-dir it works on a directory instead, which no server may use then;
@@ -42,6 +43,7 @@ more than is removed then, since directories that become empty free some room as
 
 const gcExample = `  polykit-cache gc --dry-run
   polykit-cache gc --max-age 720h --keep-last 5
+  polykit-cache gc --scope-retention 'pr-*:max-age=168h,keep-last=1' --dry-run
   polykit-cache gc --min-free 20% --server https://cache.example.com
   polykit-cache gc --storage-dir /var/cache/polykit --max-storage 100GiB`
 
@@ -119,6 +121,8 @@ func (g *gcFlags) policy(cmd *cobra.Command, server remote) (*client.RetentionPo
 		"min-free":    func() { policy.MinFreeSize = proto.Int64(g.retention.minFree.of(diskSize)) },
 		"max-age":     func() { policy.MaxAge = durationpb.New(g.retention.maxAge) },
 		"keep-last":   func() { policy.KeepLast = proto.Int32(int32(g.retention.keepLast)) },
+
+		"scope-retention": func() { policy.Scopes = g.retention.scopes.message() },
 	} {
 		if cmd.Flags().Changed(flag) {
 			set()

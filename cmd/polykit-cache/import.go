@@ -18,8 +18,8 @@ the first day. It looks by itself what DIR is, and says so:
   the storage directory itself   if DIR is --storage-dir
 
 Artifacts from another directory are copied, each as if it was uploaded: verified in full, and
-stored only if it is sound. They count as stored now; pins are not taken over. DIR is only read,
-and may be in use.
+stored only if it is sound, in the scope that it is in there. They count as stored now; pins are
+not taken over. DIR is only read, and may be in use.
 
 In the storage directory itself nothing is copied. What a server there did not verify by these
 rules, as the Rust server, is verified, so that the first request for it need not wait and it is

@@ -71,7 +71,7 @@ func (r *importRun) plan(ctx context.Context, storageDir string) error {
 		if r.notAnArtifact(file) {
 			return ctx.Err() == nil
 		}
-		stored, found, err := store.Look(file.key)
+		stored, found, err := store.Look(file.name())
 		switch {
 		case err != nil:
 			r.count(file, outcomeRefused, err)
@@ -158,7 +158,7 @@ func (r *importRun) take(ctx context.Context, file sourceFile) error {
 		return nil
 	}
 	ctx = context.WithoutCancel(ctx)
-	if stored, found, err := r.store.Look(file.key); err == nil && found && stored.Verified() {
+	if stored, found, err := r.store.Look(file.name()); err == nil && found && stored.Verified() {
 		r.count(file, outcomeExisted, nil)
 		return nil
 	}
@@ -197,13 +197,13 @@ func (r *importRun) copy(ctx context.Context, file sourceFile) error {
 		return fmt.Errorf("%w: %w", errUnreadable, err)
 	}
 	defer content.Close()
-	_, err = r.cache.Put(ctx, file.key, file.size, content)
+	_, err = r.cache.In(file.scope).Put(ctx, file.key, file.size, content)
 	return err
 }
 
 // verify verifies an artifact where it is.
 func (r *importRun) verify(ctx context.Context, file sourceFile) {
-	finding, err := r.store.Audit(ctx, file.key)
+	finding, err := r.store.Audit(ctx, file.name())
 	switch {
 	case err != nil:
 		r.count(file, outcomeRefused, err)

@@ -71,6 +71,7 @@ type retentionFlags struct {
 	minFree          shareFlag
 	maxAge           time.Duration
 	keepLast         int
+	scopes           scopeRetentionFlag
 	quarantineMaxAge time.Duration
 }
 
@@ -89,6 +90,7 @@ func (r *retentionFlags) addPolicy(f *pflag.FlagSet) {
 	f.Var(&r.minFree, "min-free", "least that is kept free on the disk, in the same way; 0 for all of it")
 	f.DurationVar(&r.maxAge, "max-age", 0, "time that an artifact is kept after its last use; 0 for ever")
 	f.IntVar(&r.keepLast, "keep-last", 0, "how many artifacts of each task of a package are kept, those that were stored last; 0 for all")
+	f.Var(&r.scopes, "scope-retention", "what is kept in a scope, or with a * in all whose names begin so, besides what holds for all: 'pr-*:max-age=168h,keep-last=1'; can be given several times, in the environment with spaces in between; the name of a scope or else the longest beginning counts")
 }
 
 func (r *retentionFlags) complete() error {
@@ -111,6 +113,7 @@ func (r *retentionFlags) policy(diskSize int64) retention.Policy {
 		MaxAge:           r.maxAge,
 		KeepLast:         r.keepLast,
 		QuarantineMaxAge: r.quarantineMaxAge,
+		Scopes:           r.scopes,
 	}
 }
 

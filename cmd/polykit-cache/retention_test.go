@@ -1,6 +1,7 @@
 package main
 
 import (
+	"reflect"
 	"testing"
 	"time"
 
@@ -19,10 +20,12 @@ func TestPolicyOfFlags(t *testing.T) {
 		{nil, retention.Policy{MinFree: 50, QuarantineMaxAge: 720 * time.Hour}},
 		{[]string{"--max-storage=80%", "--min-free=7", "--max-age=3h", "--keep-last=4", "--quarantine-max-age=5h"},
 			retention.Policy{MaxStorage: 800, MinFree: 7, MaxAge: 3 * time.Hour, KeepLast: 4, QuarantineMaxAge: 5 * time.Hour}},
+		{[]string{"--scope-retention=pr-*:keep-last=2", "--scope-retention=x:max-age=1h"}, retention.Policy{MinFree: 50, QuarantineMaxAge: 720 * time.Hour,
+			Scopes: []retention.ScopePolicy{{Pattern: "pr-*", KeepLast: 2}, {Pattern: "x", MaxAge: time.Hour}}}},
 	} {
 		flags, set := newRetentionFlags(), pflag.NewFlagSet("", pflag.ContinueOnError)
 		flags.add(set)
-		if err := set.Parse(test.args); err != nil || flags.policy(1000) != test.want {
+		if err := set.Parse(test.args); err != nil || !reflect.DeepEqual(flags.policy(1000), test.want) {
 			t.Errorf("%s: %+v, %v, want %+v", test.args, flags.policy(1000), err, test.want)
 		}
 	}

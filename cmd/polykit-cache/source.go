@@ -35,7 +35,7 @@ type layout struct {
 }
 
 // serverLayout is that of a storage directory, of this server or the Rust server: aa/bb/<key>.zst. The Rust
-// server's may have keys with upper-case letters.
+// server's may have keys with upper-case letters, and this one's has the same layout in each directory of a scope.
 var serverLayout = &layout{
 	name:   "a server's storage directory",
 	digits: []int{2, 2},
@@ -44,6 +44,9 @@ var serverLayout = &layout{
 		return name == "tmp" || name == ".polykit-cache" || name == ".polykit-cache.lock"
 	},
 }
+
+// scopesPath is the directory in a server's storage directory that the directories of scopes are in.
+const scopesPath = ".polykit-cache/scopes"
 
 // clientLayout is that of the cache of a Polykit client: remote/<16 digits>/<aa>/<rest of the key>.zst.
 var clientLayout = &layout{
@@ -73,8 +76,9 @@ func openSource(dir, storageDir string) (*source, error) {
 		return nil, err
 	}
 	s := &source{root: dir, layout: serverLayout}
-	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return s.isDir(e, nil) }) {
-		return s, nil
+	scopes, err := s.scopes()
+	if err != nil || len(scopes) > 0 || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return s.isDir(e, nil) }) {
+		return s, err
 	}
 	return nil, fmt.Errorf("%s has neither a directory %q, as a Polykit client's cache has, nor directories whose names are two hexadecimal digits, as a server's has: is it the right one?", dir, clientRoot)
 }
@@ -94,17 +98,58 @@ func sameDir(a, b string) (bool, error) {
 
 // sourceFile is something in a source: an artifact, unless one of these is so.
 type sourceFile struct {
-	path string
-	key  artifact.Key
-	size int64
+	path  string
+	scope artifact.Scope
+	key   artifact.Key
+	size  int64
 	// foreign says that it is no artifact.
 	foreign bool
 	// err is why it could not be looked at.
 	err error
 }
 
-// walk visits what is in a source, in ascending order of names, until visit returns false.
-func (s *source) walk(visit func(sourceFile) bool) { s.walkDir(s.root, nil, visit) }
+// name is what an artifact is stored under.
+func (f sourceFile) name() artifact.Name { return f.key.In(f.scope) }
+
+// walk visits what is in a source, in ascending order of names, and then in those of its scopes, until visit returns
+// false.
+func (s *source) walk(visit func(sourceFile) bool) {
+	if !s.walkDir(s.root, nil, visit) {
+		return
+	}
+	scopes, err := s.scopes()
+	if err != nil && !visit(sourceFile{path: filepath.Join(s.root, scopesPath), err: err}) {
+		return
+	}
+	for _, scope := range scopes {
+		in := &source{root: filepath.Join(s.root, scopesPath, scope.String()), layout: s.layout, own: s.own}
+		if !in.walkDir(in.root, nil, func(file sourceFile) bool {
+			file.scope = scope
+			return visit(file)
+		}) {
+			return
+		}
+	}
+}
+
+// scopes returns the scopes that a source has besides the default one.
+func (s *source) scopes() (scopes []artifact.Scope, err error) {
+	if s.layout != serverLayout {
+		return nil, nil
+	}
+	dir := filepath.Join(s.root, scopesPath)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	for _, entry := range entries {
+		scope, invalid := artifact.ParseScope(entry.Name())
+		if invalid == nil && scope != artifact.DefaultScope && s.entryIsDir(filepath.Join(dir, entry.Name()), entry) {
+			scopes = append(scopes, scope)
+		}
+	}
+	return scopes, err
+}
 
 // walkDir visits what is in a directory that is in dirs.
 func (s *source) walkDir(path string, dirs []string, visit func(sourceFile) bool) (more bool) {
@@ -140,8 +185,13 @@ func (s *source) isDir(entry fs.DirEntry, dirs []string) bool {
 	if len(name) != s.layout.digits[len(dirs)] || strings.Trim(name, "0123456789abcdef") != "" {
 		return false
 	}
+	return s.entryIsDir(filepath.Join(s.root, filepath.Join(dirs...), entry.Name()), entry)
+}
+
+// entryIsDir says whether an entry is a directory, or in the storage directory itself leads to one.
+func (s *source) entryIsDir(path string, entry fs.DirEntry) bool {
 	if s.own && entry.Type()&fs.ModeSymlink != 0 {
-		stat, err := os.Stat(filepath.Join(s.root, filepath.Join(dirs...), entry.Name()))
+		stat, err := os.Stat(path)
 		return err == nil && stat.IsDir()
 	}
 	return entry.IsDir()

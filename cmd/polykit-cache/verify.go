@@ -16,8 +16,8 @@ import (
 	"github.com/polykit/polykit-cache/internal/disk"
 )
 
-const verifyLong = `verify reads every artifact in a storage directory, or those with the given keys, and says of each
-whether it is sound and as it was uploaded:
+const verifyLong = `verify reads every artifact in a storage directory, or those with the given keys, in all scopes,
+and says of each whether it is sound and as it was uploaded:
 
   sound       it is
   memo        it is, but what is known of it (the .json) is missing or wrong: it is served after the
@@ -159,6 +159,7 @@ func summary(counts map[disk.State]int) string {
 // verifyLine is a Finding in JSON.
 type verifyLine struct {
 	Path     string     `json:"path"`
+	Scope    string     `json:"scope,omitempty"` // left out for the default one
 	Key      string     `json:"key,omitempty"`
 	Size     int64      `json:"size"`
 	State    disk.State `json:"state"`
@@ -168,6 +169,9 @@ type verifyLine struct {
 
 func (v *verifyFlags) print(w io.Writer, f *disk.Finding) error {
 	line := verifyLine{Path: f.Path, Key: f.Key.String(), Size: f.Size, State: f.State, Repaired: f.Repaired}
+	if f.Scope != artifact.DefaultScope {
+		line.Scope = f.Scope.String()
+	}
 	if f.Problem != nil {
 		line.Problem = f.Problem.Error()
 	}

@@ -29,8 +29,10 @@
 package artifact
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -78,14 +80,32 @@ type Contents struct {
 	UncompressedSize int64
 }
 
+// Manifest returns a digest that is the same for artifacts that hold the same files: the SHA-256 over each
+// file's own SHA-256, its path, and a zero byte, in ascending order of the bytes of the paths. It says nothing
+// of how an archive is written, of the times in it or of the metadata, which differ from build to build.
+func (c *Contents) Manifest() Digest {
+	sum := sha256.New()
+	for _, f := range c.Files {
+		sum.Write(f.Hash[:])
+		io.WriteString(sum, f.Path) // without a zero byte in it, as every safe path
+		sum.Write([]byte{0})
+	}
+	return Digest(sum.Sum(nil))
+}
+
 // Info is what is known of an artifact without opening it.
 type Info struct {
+	// Scope is the scope that the artifact is stored in.
+	Scope Scope
 	// Key is the key that the artifact is stored under.
 	Key Key
 	// Hash is the SHA-256 of the artifact's bytes as they were uploaded.
 	Hash Digest
 	// Size is the number of those bytes.
 	Size int64
+	// Manifest is the digest of what the artifact holds: see Contents.Manifest. It is zero if that is not known,
+	// of an artifact that was verified before there was this digest.
+	Manifest Digest
 	// UncompressedSize is the number of bytes of the artifact's files together.
 	UncompressedSize int64
 	// FileCount is the number of the artifact's files.
@@ -96,13 +116,17 @@ type Info struct {
 	StoredAt time.Time
 }
 
-// Info returns what is known of the artifact that c was read from, stored under key, with the hash
-// and size of its bytes.
+// Name returns what the artifact is known by.
+func (i Info) Name() Name { return Name{i.Scope, i.Key} }
+
+// Info returns what is known of the artifact that c was read from, made for key, with the hash and size of its
+// bytes, before it is stored in a scope.
 func (c *Contents) Info(key Key, hash Digest, size int64) Info {
 	return Info{
 		Key:              key,
 		Hash:             hash,
 		Size:             size,
+		Manifest:         c.Manifest(),
 		UncompressedSize: c.UncompressedSize,
 		FileCount:        len(c.Files),
 		Metadata:         c.Metadata,

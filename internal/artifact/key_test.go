@@ -103,3 +103,44 @@ func TestKeyAsText(t *testing.T) {
 		t.Errorf("got %s, %v", text, err)
 	}
 }
+
+// TestName proves that names tell scopes apart, and how they are shown.
+func TestName(t *testing.T) {
+	key, err := artifact.ParseKey("0123456789abcdef0123456789abcdef")
+	if err != nil {
+		t.Fatal(err)
+	}
+	scope, err := artifact.ParseScope("pr-7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, other := key.In(artifact.DefaultScope), key.In(scope)
+	if name == other || name != (artifact.Name{Key: key}) || (artifact.Info{Scope: scope, Key: key}).Name() != other {
+		t.Errorf("%v and %v are not told apart", name, other)
+	}
+	if name.String() != key.String() || other.String() != "pr-7/"+key.String() {
+		t.Errorf("got %v and %v", name, other)
+	}
+}
+
+func TestAgreement(t *testing.T) {
+	a, b := artifact.Digest{1}, artifact.Digest{2}
+	for _, c := range []struct {
+		one, other artifact.Info
+		want       artifact.Agreement
+	}{
+		{artifact.Info{Hash: a, Manifest: a}, artifact.Info{Hash: b, Manifest: a}, artifact.AgreementSame},
+		{artifact.Info{Hash: a, Manifest: a}, artifact.Info{Hash: b, Manifest: b}, artifact.AgreementDifferent},
+		{artifact.Info{Hash: a}, artifact.Info{Hash: b, Manifest: b}, artifact.AgreementUnknown},
+		{artifact.Info{Hash: a}, artifact.Info{Hash: b}, artifact.AgreementUnknown},
+		{artifact.Info{Hash: a}, artifact.Info{Hash: a, Manifest: b}, artifact.AgreementSame},
+		{artifact.Info{}, artifact.Info{}, artifact.AgreementUnknown},
+	} {
+		if got := c.one.Agreement(c.other); got != c.want {
+			t.Errorf("%+v and %+v are %s, want %s", c.one, c.other, got, c.want)
+		}
+		if got := c.other.Agreement(c.one); got != c.want {
+			t.Errorf("%+v and %+v are %s, want %s", c.other, c.one, got, c.want)
+		}
+	}
+}

@@ -23,7 +23,8 @@ var DefaultScope Scope
 const defaultScopeName = "default"
 
 // ParseScope returns the scope of a name: 1 to 63 lower-case letters, digits, dots, underscores and hyphens, of
-// which the first is a letter or a digit. The name of the default scope is default.
+// which the first is a letter or a digit and the last is no dot, which Windows would leave out. The name of the
+// default scope is default.
 func ParseScope(name string) (Scope, error) {
 	if name == "" || len(name) > MaxScopeLength {
 		return Scope{}, fmt.Errorf("%w: its name has %d characters; it must have 1 to %d", ErrInvalidScope, len(name), MaxScopeLength)
@@ -39,6 +40,9 @@ func ParseScope(name string) (Scope, error) {
 		default:
 			return Scope{}, fmt.Errorf("%w: character %d of its name is %q; use lower-case letters, digits, '.', '_' and '-'", ErrInvalidScope, i+1, c)
 		}
+	}
+	if name[len(name)-1] == '.' {
+		return Scope{}, fmt.Errorf("%w: its name ends with '.'; it must end with another character", ErrInvalidScope)
 	}
 	if name == defaultScopeName {
 		return DefaultScope, nil

@@ -12,7 +12,7 @@ import (
 
 func TestParseScope(t *testing.T) {
 	longest := strings.Repeat("a", 63)
-	for _, name := range []string{"default", "main", "pr-7", "0", "a.b_c-d", "a..b", "a.", "con", longest} {
+	for _, name := range []string{"default", "main", "pr-7", "0", "a.b_c-d", "a..b", "con", longest} {
 		scope, err := artifact.ParseScope(name)
 		if err != nil || scope.String() != name {
 			t.Errorf("%q: got %q, %v", name, scope, err)
@@ -29,6 +29,7 @@ func TestParseScope(t *testing.T) {
 		{"..", "invalid scope: its name begins with '.'; it must begin with a lower-case letter or a digit"},
 		{"-a", "invalid scope: its name begins with '-'; it must begin with a lower-case letter or a digit"},
 		{"_a", "invalid scope: its name begins with '_'; it must begin with a lower-case letter or a digit"},
+		{"pr-7.", "invalid scope: its name ends with '.'; it must end with another character"},
 		{"a/b", "invalid scope: character 2 of its name is '/'; use lower-case letters, digits, '.', '_' and '-'"},
 		{`a\b`, `invalid scope: character 2 of its name is '\\'; use lower-case letters, digits, '.', '_' and '-'`},
 		{"Main", "invalid scope: character 1 of its name is 'M'; use lower-case letters, digits, '.', '_' and '-'"},

@@ -71,11 +71,15 @@ var testdata = []struct {
 }
 
 func file(path, hash string, size int64) artifact.File {
-	digest, err := artifact.ParseDigest(hash)
+	return artifact.File{Path: path, Hash: digestOf(hash), Size: size}
+}
+
+func digestOf(digits string) artifact.Digest {
+	digest, err := artifact.ParseDigest(digits)
 	if err != nil {
 		panic(err)
 	}
-	return artifact.File{Path: path, Hash: digest, Size: size}
+	return digest
 }
 
 func readTestdata(t testing.TB, name string) []byte {
@@ -599,6 +603,7 @@ func TestInspect(t *testing.T) {
 		Key:              key,
 		Hash:             sha256.Sum256(data),
 		Size:             1677,
+		Manifest:         digestOf("7635e404f3ba1dacd1487e28ef9778aa4ef833d476d5d8c489aa1da227774a69"),
 		UncompressedSize: 1933,
 		FileCount:        5,
 		Metadata:         testMetadata,
@@ -607,10 +612,44 @@ func TestInspect(t *testing.T) {
 		t.Errorf("got %+v\nwant %+v", info, want)
 	}
 
+	// The same files in other archives are of the same manifest.
+	for _, name := range testdata[0].names {
+		data := readTestdata(t, name)
+		if _, other, err := verifier.Inspect(t.Context(), bytes.NewReader(data), key); err != nil || other.Manifest != want.Manifest {
+			t.Errorf("%s: the manifest is %s, %v, want %s", name, other.Manifest, err, want.Manifest)
+		}
+	}
+
 	if contents, info, err = verifier.Inspect(t.Context(), bytes.NewReader(data[:1000]), key); contents != nil || info != (artifact.Info{}) {
 		t.Errorf("got %+v, %+v of half an artifact", contents, info)
 	}
 	wantUnsound(t, err, artifact.RuleStream, "the zstd stream ends in the middle of a frame")
+}
+
+// TestManifest looks whether other files are another manifest, however they resemble each other.
+func TestManifest(t *testing.T) {
+	seen := map[artifact.Digest]string{}
+	for name, files := range map[string]map[string]string{
+		"none":                 {},
+		"one":                  {"a": "1"},
+		"another path":         {"b": "1"},
+		"another content":      {"a": "2"},
+		"two":                  {"a": "1", "b": "1"},
+		"contents exchanged":   {"a": "1", "b": "2"},
+		"the other way round":  {"a": "2", "b": "1"},
+		"a path in a path":     {"a/b": "1"},
+		"an empty file beside": {"a": "1", "c": ""},
+	} {
+		contents, err := verifier.Verify(bytes.NewReader(cachetest.Sound(testKey, files)), testKey)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		digest := contents.Manifest()
+		if other, twice := seen[digest]; twice || digest != cachetest.ManifestDigest(files) {
+			t.Errorf("%s: the manifest is %s, as that of %q, want %s", name, digest, other, cachetest.ManifestDigest(files))
+		}
+		seen[digest] = name
+	}
 }
 
 // TestVerifyConcurrently has one Verifier check sound and unsound artifacts in between: none leaves

@@ -82,7 +82,7 @@ func TestDecisions(t *testing.T) {
 		{"pull request into another", pr("refs/pull/7/merge"), "pr-8", auth.Write, "scope"},
 		{"pull request into main", pr("refs/pull/7/merge"), "default", auth.Write, "scope"},
 		{"pull request that would be more trusted", pr("refs/pull/special/merge"), "", auth.Write, "scope"},
-		{"pull request of no scope", pr("refs/pull/../merge"), "", auth.Write, "writer as rule \"pull requests\" in pr-.. reads pr-.. default nightly"},
+		{"pull request of no scope", pr("refs/pull/../merge"), "", auth.Write, "scope"},
 		{"pull request in upper case", pr("refs/pull/A/merge"), "", auth.Read, "scope"},
 		{"pull request without a number", pr("refs"), "", auth.Read, "scope"},
 		{"pull request with a long name", pr("refs/pull/" + strings.Repeat("7", 61) + "/merge"), "", auth.Read, "scope"},

@@ -20,6 +20,13 @@
 // is refused at once. The store may fail later than that, but only with bytes that were read before.
 //
 // A download is Cache.Get: the artifact's bytes as an open file, and what is known of it.
+//
+// An artifact lives in a scope, and a scope is a Store like any other: what is promised of a store holds for each
+// scope of it by itself, the first write that wins among it. So scopes are not an argument of every method but
+// Store.In, and what must tell artifacts of several scopes apart does so by an artifact.Name. Who asks has a
+// Cache of its own, Cache.In: it writes to one scope, and reads from that one and then from others in order. What is
+// found damaged in one is a miss there, and the next one is asked. What a Put is told, and when, depends on nothing
+// but the scope that it writes to. Who may do what in which scope is decided elsewhere.
 package cache
 
 import (
@@ -29,6 +36,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 
 	"github.com/dustin/go-humanize"
 
@@ -58,11 +66,16 @@ var (
 // UnknownSize stands for the size of an upload that did not declare one.
 const UnknownSize = -1
 
-// Store keeps artifacts. The test suite of package cachetest holds every store to what is promised here.
+// Store keeps the artifacts of a scope. The test suite of package cachetest holds every store to what is promised
+// here.
 //
 // All methods may be called concurrently, for the same key too. Errors wrap ErrNotFound, ErrExists,
 // ErrNoSpace or ErrOverloaded where these fit; any other error is trouble in the store.
 type Store interface {
+	// In returns the store of a scope; that of the default scope is the one that a Cache is made with. It makes
+	// nothing and costs nothing: a scope is there as long as there are artifacts in it.
+	In(scope artifact.Scope) Store
+
 	// Create begins an upload of size bytes, or of UnknownSize, that nobody can see before its
 	// Commit. It returns ErrExists if it knows that an artifact is stored under the key, and
 	// ErrNoSpace if it knows that there is no room for it. It does not wait for verifications, since
@@ -90,13 +103,18 @@ type Store interface {
 	// power cut. It returns ErrNotFound if there is no sound artifact.
 	Pin(ctx context.Context, key artifact.Key, pinned bool) error
 
+	// Promote stores an artifact of scope from under its key in this one too, and returns what is known of it
+	// here: as a Commit does, but without a copy of the bytes. It returns ErrExists if an artifact is stored here,
+	// and ErrNotFound if there is no sound one in from.
+	Promote(ctx context.Context, key artifact.Key, from artifact.Scope) (artifact.Info, error)
+
 	// Check returns an error that says why, if the store can't take uploads now.
 	Check(ctx context.Context) error
 }
 
 // Stored is what a store holds under a key.
 type Stored struct {
-	// Info is what is known of the artifact. Of one that was not verified yet it is only Key, Size and
+	// Info is what is known of the artifact. Of one that was not verified yet it is only Scope, Key, Size and
 	// StoredAt.
 	artifact.Info
 	// DiskSize is how many bytes it takes on the disk, in whole blocks and with what the store keeps
@@ -128,14 +146,16 @@ type Observer interface {
 	// Found is told of an artifact that was in the store and of which something else is known now.
 	Found(Stored)
 	// Pinned is told of an artifact that was pinned, or unpinned.
-	Pinned(key artifact.Key, pinned bool)
+	Pinned(name artifact.Name, pinned bool)
 	// Removed is told of an artifact that was stored and is not any more, and what it took on the disk.
-	Removed(key artifact.Key, diskSize int64)
-	// Hit is told of a download that found an artifact, Missed of one that did not.
-	Hit(artifact.Key)
-	Missed(artifact.Key)
+	Removed(name artifact.Name, diskSize int64)
+	// Hit is told of a download that found an artifact.
+	Hit(artifact.Name)
+	// Missed is told of a download that found none in any of the scopes that it was looked for in, of which the
+	// first is the one that who asked would write to.
+	Missed(key artifact.Key, scopes []artifact.Scope)
 	// Used is told of an artifact that was asked for without its bytes.
-	Used(artifact.Key)
+	Used(artifact.Name)
 }
 
 // Upload is an artifact on its way into a Store. It must not be used concurrently.
@@ -144,7 +164,7 @@ type Upload interface {
 	io.Writer
 
 	// Commit makes the artifact visible under its key, at once and as a whole, with what is known of
-	// it; it returns that with StoredAt set. Of all uploads of a key exactly one commits; for
+	// it; it returns that with Scope and StoredAt set. Of all uploads of a key exactly one commits; for
 	// the others Commit returns ErrExists. An artifact that was committed survives a power cut. After
 	// an error the artifact is not stored.
 	Commit(ctx context.Context, info artifact.Info) (artifact.Info, error)
@@ -162,24 +182,61 @@ type Config struct {
 	Observer Observer
 }
 
-// Cache stores and serves artifacts. It is safe for concurrent use.
+// Cache stores and serves artifacts, of one scope and those that it reads from besides. It is safe for concurrent
+// use.
 type Cache struct {
-	store    Store
+	base     Store            // of the default scope
+	scopes   []artifact.Scope // that are read from, the one that is written to first
+	reads    []Store          // theirs
 	verifier *artifact.Verifier
 	config   Config
 }
 
-// New returns a Cache that keeps artifacts in store after verifier found them sound.
+// New returns a Cache of the default scope that keeps artifacts in store after verifier found them sound.
 func New(store Store, verifier *artifact.Verifier, config Config) *Cache {
-	return &Cache{store, verifier, config}
+	return &Cache{store, []artifact.Scope{artifact.DefaultScope}, []Store{store}, verifier, config}
 }
 
-// Put reads an artifact of size bytes, or of UnknownSize, from body and stores it under key if it is
-// sound. What is known beforehand is refused before body is read. If too many uploads wait already,
+// In returns the cache as those see it who write to scope own, and who read from it first and then from the others,
+// in this order. It costs little: a request may have one of its own.
+func (c *Cache) In(own artifact.Scope, others ...artifact.Scope) *Cache {
+	in := &Cache{base: c.base, verifier: c.verifier, config: c.config}
+	for _, scope := range append([]artifact.Scope{own}, others...) {
+		if !slices.Contains(in.scopes, scope) {
+			in.scopes = append(in.scopes, scope)
+			in.reads = append(in.reads, c.storeOf(scope))
+		}
+	}
+	return in
+}
+
+// storeOf returns the store of a scope.
+func (c *Cache) storeOf(scope artifact.Scope) Store {
+	if scope == artifact.DefaultScope {
+		return c.base
+	}
+	return c.base.In(scope)
+}
+
+// own is the store of the scope that is written to.
+func (c *Cache) own() Store { return c.reads[0] }
+
+// find calls look with the stores that are read from, in order, until it returns something else than ErrNotFound.
+func (c *Cache) find(look func(Store) error) (err error) {
+	for _, store := range c.reads {
+		if err = look(store); !errors.Is(err, ErrNotFound) {
+			return err
+		}
+	}
+	return err
+}
+
+// Put reads an artifact of size bytes, or of UnknownSize, from body and stores it under key, in the scope that is
+// written to, if it is sound. What is known beforehand is refused before body is read. If too many uploads wait already,
 // the error is artifact.ErrBusy.
 func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.Reader) (artifact.Info, error) {
 	// Create looks too, but who waits should not learn only then that it waited in vain.
-	switch _, err := c.store.Stat(ctx, key); {
+	switch _, err := c.own().Stat(ctx, key); {
 	case err == nil:
 		return artifact.Info{}, ErrExists // whatever its size, it would not be stored
 	case size > c.config.MaxSize:
@@ -192,7 +249,7 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 		return artifact.Info{}, err
 	}
 	defer release()
-	upload, err := c.store.Create(ctx, key, size)
+	upload, err := c.own().Create(ctx, key, size)
 	if err != nil {
 		return artifact.Info{}, err
 	}
@@ -211,24 +268,30 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 }
 
 // Get returns an artifact's bytes, which the caller must close, and what is known of it.
-func (c *Cache) Get(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
-	file, info, err := c.store.Open(ctx, key)
+func (c *Cache) Get(ctx context.Context, key artifact.Key) (file io.ReadSeekCloser, info artifact.Info, err error) {
+	err = c.find(func(store Store) (err error) {
+		file, info, err = store.Open(ctx, key)
+		return err
+	})
 	if c.config.Observer != nil {
 		switch {
 		case err == nil:
-			c.config.Observer.Hit(key)
+			c.config.Observer.Hit(info.Name())
 		case errors.Is(err, ErrNotFound):
-			c.config.Observer.Missed(key)
+			c.config.Observer.Missed(key, c.scopes)
 		}
 	}
 	return file, info, err
 }
 
 // Stat returns what is known of an artifact. Who asks is about to use it.
-func (c *Cache) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
-	info, err := c.store.Stat(ctx, key)
+func (c *Cache) Stat(ctx context.Context, key artifact.Key) (info artifact.Info, err error) {
+	err = c.find(func(store Store) (err error) {
+		info, err = store.Stat(ctx, key)
+		return err
+	})
 	if err == nil && c.config.Observer != nil {
-		c.config.Observer.Used(key)
+		c.config.Observer.Used(info.Name())
 	}
 	return info, err
 }
@@ -252,21 +315,41 @@ func (c *Cache) Missing(ctx context.Context, keys []artifact.Key) ([]artifact.Ke
 	return missing, nil
 }
 
-// Delete removes an artifact, so that its key can be uploaded again. Downloads that have begun get all of it.
+// Delete removes an artifact from the scope that is written to, so that its key can be uploaded again. Downloads that
+// have begun get all of it.
 func (c *Cache) Delete(ctx context.Context, key artifact.Key) error {
-	_, err := c.store.Remove(ctx, key)
+	_, err := c.own().Remove(ctx, key)
 	return err
 }
 
-// Pin keeps an artifact from being evicted, or does so no more.
+// Pin keeps an artifact of the scope that is written to from being evicted, or does so no more.
 func (c *Cache) Pin(ctx context.Context, key artifact.Key, pinned bool) error {
-	return c.store.Pin(ctx, key, pinned)
+	return c.own().Pin(ctx, key, pinned)
+}
+
+// Promote stores an artifact of one scope in another too, whatever scopes this Cache is of, and returns what is known
+// of it there. It is ErrExists if there is one already, and ErrNotFound if there is no sound one in from.
+func (c *Cache) Promote(ctx context.Context, from, to artifact.Scope, key artifact.Key) (artifact.Info, error) {
+	info, err := c.storeOf(to).Promote(ctx, key, from)
+	if err == nil && c.config.Observer != nil {
+		c.config.Observer.Used(info.Name()) // or it would pass for unused since it was made
+	}
+	return info, err
 }
 
 // Files lists the files in an artifact, in ascending order of the bytes of their paths. It verifies
 // the whole artifact again; one that is found damaged is a miss from then on.
-func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, error) {
-	file, info, err := c.store.Open(ctx, key)
+func (c *Cache) Files(ctx context.Context, key artifact.Key) (files []artifact.File, err error) {
+	err = c.find(func(store Store) (err error) {
+		files, err = c.filesIn(ctx, store, key)
+		return err
+	})
+	return files, err
+}
+
+// filesIn lists the files in an artifact of one scope.
+func (c *Cache) filesIn(ctx context.Context, store Store, key artifact.Key) ([]artifact.File, error) {
+	file, info, err := store.Open(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -280,7 +363,7 @@ func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, e
 		}
 	}
 	if damage, ok := errors.AsType[*artifact.UnsoundError](err); ok && damage.Rule != artifact.RuleLimit {
-		if err := c.store.Quarantine(ctx, info, damage); err != nil {
+		if err := store.Quarantine(ctx, info, damage); err != nil {
 			return nil, err
 		}
 		return nil, ErrNotFound
@@ -293,7 +376,7 @@ func (c *Cache) Files(ctx context.Context, key artifact.Key) ([]artifact.File, e
 
 // Ready returns an error that says why, if artifacts can't be stored now.
 func (c *Cache) Ready(ctx context.Context) error {
-	return c.store.Check(ctx)
+	return c.own().Check(ctx)
 }
 
 func (c *Cache) tooLarge() error {

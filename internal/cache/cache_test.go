@@ -164,7 +164,8 @@ func (u unread) Read([]byte) (int, error) {
 
 func TestPutAndGet(t *testing.T) {
 	onBoth(t, func(t *testing.T, r rig) {
-		content := cachetest.Sound(key, map[string]string{"stdout.txt": "built\n", "dist/app.js": "export {}", "stderr.txt": ""})
+		files := map[string]string{"stdout.txt": "built\n", "dist/app.js": "export {}", "stderr.txt": ""}
+		content := cachetest.Sound(key, files)
 		before := time.Now()
 		info := r.put(t, content)
 		if info.StoredAt.Before(before) || info.StoredAt.After(time.Now()) {
@@ -174,6 +175,7 @@ func TestPutAndGet(t *testing.T) {
 			Key:              key,
 			Hash:             sha256.Sum256(content),
 			Size:             int64(len(content)),
+			Manifest:         cachetest.ManifestDigest(files),
 			UncompressedSize: 15,
 			FileCount:        3,
 			Metadata: artifact.Metadata{

@@ -27,6 +27,15 @@ func Key(seed string) artifact.Key {
 	return key
 }
 
+// Scope returns the scope of a name, which must be one.
+func Scope(name string) artifact.Scope {
+	scope, err := artifact.ParseScope(name)
+	if err != nil {
+		panic(err)
+	}
+	return scope
+}
+
 // Sound returns a sound artifact of the files, by path, in the form in which the Rust client writes
 // it. Its package is "web", its task "build", its command "npm run build", made at Unix time
 // 1700000000.
@@ -49,6 +58,17 @@ func body(files map[string]string) []byte {
 		archive = append(archive, File("outputs/"+path, files[path])...)
 	}
 	return Tar(Manifest(hashes, total), archive)
+}
+
+// ManifestDigest returns what artifact.Contents.Manifest does of an artifact of the files, by path.
+func ManifestDigest(files map[string]string) artifact.Digest {
+	canonical := []byte{}
+	for _, path := range slices.Sorted(maps.Keys(files)) {
+		hash := sha256.Sum256([]byte(files[path]))
+		canonical = append(canonical, hash[:]...)
+		canonical = append(append(canonical, path...), 0)
+	}
+	return sha256.Sum256(canonical)
 }
 
 // Random returns a sound artifact with one file, data.bin, of size bytes that do not compress. The

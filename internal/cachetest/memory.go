@@ -12,11 +12,15 @@ import (
 	"github.com/polykit/polykit-cache/internal/cache"
 )
 
-// Memory is a cache.Store in memory that fails as it is told to. The zero Memory is empty and healthy.
+// Memory is a cache.Store in memory that fails as it is told to. The zero Memory is empty and healthy, and of the
+// default scope.
 type Memory struct {
+	scope artifact.Scope
+	of    *Memory // the one of the default scope, which has all that follows; nil for that one itself
+
 	mu          sync.Mutex
 	faults      Faults
-	stored      map[artifact.Key]stored
+	stored      map[artifact.Name]stored
 	quarantined []error
 	uploads     int // that still hold something
 	files       int // that are open
@@ -26,8 +30,8 @@ var _ cache.Store = (*Memory)(nil)
 
 // Faults are the errors that the operations of a Memory return; those without one work.
 type Faults struct {
-	// Create, Open, Stat, Quarantine, Remove, Pin and Check are what these methods return.
-	Create, Open, Stat, Quarantine, Remove, Pin, Check error
+	// Create, Open, Stat, Quarantine, Remove, Pin, Promote and Check are what these methods return, in all scopes.
+	Create, Open, Stat, Quarantine, Remove, Pin, Promote, Check error
 
 	// Write is what Upload.Write returns once an upload has WriteAfter bytes.
 	Write      error
@@ -58,11 +62,31 @@ func (m *Memory) Fail(faults Faults) {
 	m.faults = faults
 }
 
+// lock locks what all scopes share, and returns it.
+func (m *Memory) lock() *Memory {
+	if m.of != nil {
+		m = m.of
+	}
+	m.mu.Lock()
+	return m
+}
+
+// In implements cache.Store. The faults are those of all scopes.
+func (m *Memory) In(scope artifact.Scope) cache.Store {
+	if m.of != nil {
+		m = m.of
+	}
+	if scope == artifact.DefaultScope {
+		return m
+	}
+	return &Memory{scope: scope, of: m}
+}
+
 // Damage replaces the bytes of a stored artifact, of which is known what was known before.
 func (m *Memory) Damage(key artifact.Key, content []byte) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.stored[key] = stored{content, m.stored[key].info}
+	all, name := m.lock(), key.In(m.scope)
+	defer all.mu.Unlock()
+	all.stored[name] = stored{content, all.stored[name].info}
 }
 
 // InUse returns how many uploads still hold something, for they neither committed nor aborted, and
@@ -82,41 +106,41 @@ func (m *Memory) Quarantined() []error {
 
 // Create implements cache.Store.
 func (m *Memory) Create(_ context.Context, key artifact.Key, _ int64) (cache.Upload, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.faults.Create != nil {
-		return nil, m.faults.Create
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Create != nil {
+		return nil, all.faults.Create
 	}
-	if _, exists := m.stored[key]; exists {
+	if _, exists := all.stored[key.In(m.scope)]; exists {
 		return nil, cache.ErrExists
 	}
-	m.uploads++
-	return &memoryUpload{memory: m, key: key}, nil
+	all.uploads++
+	return &memoryUpload{memory: all, name: key.In(m.scope)}, nil
 }
 
 // Open implements cache.Store.
 func (m *Memory) Open(_ context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.faults.Open != nil {
-		return nil, artifact.Info{}, m.faults.Open
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Open != nil {
+		return nil, artifact.Info{}, all.faults.Open
 	}
-	found, ok := m.stored[key]
+	found, ok := all.stored[key.In(m.scope)]
 	if !ok {
 		return nil, artifact.Info{}, cache.ErrNotFound
 	}
-	m.files++
-	return &memoryFile{memory: m, bytes: bytes.NewReader(found.content)}, found.info, nil
+	all.files++
+	return &memoryFile{memory: all, bytes: bytes.NewReader(found.content)}, found.info, nil
 }
 
 // Stat implements cache.Store.
 func (m *Memory) Stat(_ context.Context, key artifact.Key) (artifact.Info, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.faults.Stat != nil {
-		return artifact.Info{}, m.faults.Stat
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Stat != nil {
+		return artifact.Info{}, all.faults.Stat
 	}
-	found, ok := m.stored[key]
+	found, ok := all.stored[key.In(m.scope)]
 	if !ok {
 		return artifact.Info{}, cache.ErrNotFound
 	}
@@ -125,37 +149,37 @@ func (m *Memory) Stat(_ context.Context, key artifact.Key) (artifact.Info, error
 
 // Quarantine implements cache.Store.
 func (m *Memory) Quarantine(_ context.Context, info artifact.Info, reason error) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.faults.Quarantine != nil {
-		return m.faults.Quarantine
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Quarantine != nil {
+		return all.faults.Quarantine
 	}
-	if found, ok := m.stored[info.Key]; ok && found.info == info {
-		delete(m.stored, info.Key)
-		m.quarantined = append(m.quarantined, reason)
+	if found, ok := all.stored[info.Key.In(m.scope)]; ok && found.info == info {
+		delete(all.stored, info.Key.In(m.scope))
+		all.quarantined = append(all.quarantined, reason)
 	}
 	return nil
 }
 
 // Remove implements cache.Store. In memory an artifact takes no disk.
 func (m *Memory) Remove(_ context.Context, key artifact.Key) (diskSize int64, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.faults.Remove != nil {
-		return 0, m.faults.Remove
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Remove != nil {
+		return 0, all.faults.Remove
 	}
-	if _, ok := m.stored[key]; !ok {
+	if _, ok := all.stored[key.In(m.scope)]; !ok {
 		return 0, cache.ErrNotFound
 	}
-	delete(m.stored, key)
+	delete(all.stored, key.In(m.scope))
 	return 0, nil
 }
 
 // Pin implements cache.Store. Nothing is ever evicted from memory, so there is nothing to note.
 func (m *Memory) Pin(ctx context.Context, key artifact.Key, _ bool) error {
-	m.mu.Lock()
-	fault := m.faults.Pin
-	m.mu.Unlock()
+	all := m.lock()
+	fault := all.faults.Pin
+	all.mu.Unlock()
 	if fault != nil {
 		return fault
 	}
@@ -163,16 +187,35 @@ func (m *Memory) Pin(ctx context.Context, key artifact.Key, _ bool) error {
 	return err
 }
 
+// Promote implements cache.Store.
+func (m *Memory) Promote(_ context.Context, key artifact.Key, from artifact.Scope) (artifact.Info, error) {
+	all := m.lock()
+	defer all.mu.Unlock()
+	if all.faults.Promote != nil {
+		return artifact.Info{}, all.faults.Promote
+	}
+	if _, exists := all.stored[key.In(m.scope)]; exists {
+		return artifact.Info{}, cache.ErrExists
+	}
+	found, ok := all.stored[key.In(from)]
+	if !ok {
+		return artifact.Info{}, cache.ErrNotFound
+	}
+	found.info.Scope = m.scope
+	all.stored[key.In(m.scope)] = found
+	return found.info, nil
+}
+
 // Check implements cache.Store.
 func (m *Memory) Check(context.Context) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.faults.Check
+	all := m.lock()
+	defer all.mu.Unlock()
+	return all.faults.Check
 }
 
 type memoryUpload struct {
 	memory  *Memory
-	key     artifact.Key
+	name    artifact.Name
 	content []byte
 	done    bool // committed or aborted
 }
@@ -204,14 +247,14 @@ func (u *memoryUpload) Commit(_ context.Context, info artifact.Info) (artifact.I
 	if fault != nil && !m.faults.CommitHappens {
 		return info, fault
 	}
-	if _, exists := m.stored[u.key]; exists {
+	if _, exists := m.stored[u.name]; exists {
 		return info, cache.ErrExists
 	}
-	info.StoredAt = time.Now().UTC().Round(0)
+	info.Scope, info.StoredAt = u.name.Scope, time.Now().UTC().Round(0)
 	if m.stored == nil {
-		m.stored = map[artifact.Key]stored{}
+		m.stored = map[artifact.Name]stored{}
 	}
-	m.stored[u.key] = stored{u.content, info}
+	m.stored[u.name] = stored{u.content, info}
 	if fault != nil {
 		return info, fault
 	}

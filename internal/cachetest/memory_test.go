@@ -12,7 +12,7 @@ import (
 )
 
 func TestMemory(t *testing.T) {
-	cachetest.TestStore(t, func(t *testing.T) cache.Store {
+	open := func(t *testing.T) cache.Store {
 		m := new(cachetest.Memory)
 		t.Cleanup(func() {
 			if uploads, files := m.InUse(); uploads != 0 || files != 0 {
@@ -20,6 +20,10 @@ func TestMemory(t *testing.T) {
 			}
 		})
 		return m
+	}
+	t.Run("the default scope", func(t *testing.T) { cachetest.TestStore(t, open) })
+	t.Run("another scope", func(t *testing.T) {
+		cachetest.TestStore(t, func(t *testing.T) cache.Store { return open(t).In(cachetest.Scope("pr-7")) })
 	})
 }
 

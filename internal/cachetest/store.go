@@ -20,7 +20,7 @@ import (
 )
 
 // TestStore holds a store to what package cache promises of every cache.Store. open returns a store
-// that is empty and that nobody else uses; what it needs in the end it registers with t.Cleanup.
+// that is empty in all scopes and that nobody else uses; what it needs in the end it registers with t.Cleanup.
 func TestStore(t *testing.T, open func(t *testing.T) cache.Store) {
 	for _, test := range []struct {
 		name string
@@ -44,6 +44,10 @@ func TestStore(t *testing.T, open func(t *testing.T) cache.Store) {
 		{"many keys at once", (*storeTest).manyKeys},
 		{"a commit is seen as a whole", (*storeTest).seenAsAWhole},
 		{"quarantines that race with an upload spare it", (*storeTest).quarantineRace},
+		{"scopes are apart", (*storeTest).scopes},
+		{"what was promoted is in both scopes", (*storeTest).promote},
+		{"of promotions and commits of one key exactly one wins", (*storeTest).promoteRace},
+		{"a scope that is emptied can be written to", (*storeTest).emptied},
 		{"a healthy store is ready", (*storeTest).healthy},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -480,6 +484,160 @@ func (t *storeTest) healthy() {
 	t.serves(a, info)
 }
 
+// in returns the test in another scope.
+func (t *storeTest) in(scope string) *storeTest {
+	return &storeTest{T: t.T, ctx: t.ctx, store: t.store.In(Scope(scope))}
+}
+
+// scopes has artifacts of one key in several scopes: nothing that happens in one is seen in another.
+func (t *storeTest) scopes() {
+	names := []string{"default", "a", "a.b", "a-b", "b"}
+	samples := map[string]sample{}
+	infos := map[string]artifact.Info{}
+	for i, name := range names {
+		in := t.in(name)
+		in.lacks(Key("a"))
+		samples[name] = sampleOf(Key("a"), fmt.Sprint("content ", i)) // of one size
+		infos[name] = in.put(samples[name])
+		if infos[name].Scope != Scope(name) {
+			t.Errorf("Commit in %s returned the scope %s", name, infos[name].Scope)
+		}
+	}
+	for _, name := range names {
+		t.in(name).serves(samples[name], infos[name])
+		t.in("b").in(name).serves(samples[name], infos[name])
+	}
+	_, err := t.in("a").store.Remove(t.ctx, Key("a"))
+	t.noError("Remove", err)
+	t.noError("Quarantine", t.in("a-b").store.Quarantine(t.ctx, infos["a-b"], errDamaged))
+	t.noError("Pin", t.in("b").store.Pin(t.ctx, Key("a"), true))
+	for _, name := range names {
+		if in := t.in(name); name == "a" || name == "a-b" {
+			in.lacks(Key("a"))
+		} else {
+			in.serves(samples[name], infos[name])
+		}
+	}
+	t.in("c").lacks(Key("a"))
+}
+
+func (t *storeTest) promote() {
+	a, other := sampleOf(Key("a"), "content of a"), sampleOf(Key("a"), "another one")
+	if _, err := t.store.Promote(t.ctx, Key("a"), Scope("pr-8")); !errors.Is(err, cache.ErrNotFound) {
+		t.Errorf("Promote of a miss returned %v, want %v", err, cache.ErrNotFound)
+	}
+	from := t.in("pr-8")
+	there := from.put(a)
+	here, err := t.store.Promote(t.ctx, Key("a"), Scope("pr-8"))
+	t.noError("Promote", err)
+	t.serves(a, here)
+	from.serves(a, there)
+	want := there
+	want.Scope = here.Scope
+	if here.Scope == there.Scope || !same(here, want) {
+		t.Errorf("Promote returned %+v of %+v", here, there)
+	}
+	for _, scope := range []artifact.Scope{Scope("pr-8"), here.Scope, Scope("pr-9")} {
+		if _, err := t.store.Promote(t.ctx, Key("a"), scope); !errors.Is(err, cache.ErrExists) {
+			t.Errorf("Promote from %s to where one is returned %v, want %v", scope, err, cache.ErrExists)
+		}
+	}
+	upload, err := t.store.Create(t.ctx, Key("a"), 1)
+	if !errors.Is(err, cache.ErrExists) {
+		t.Errorf("Create of what was promoted returned %v, want %v", err, cache.ErrExists)
+	}
+	if err == nil {
+		upload.Abort()
+	}
+
+	// Neither of the two needs the other.
+	_, err = from.store.Remove(t.ctx, Key("a"))
+	t.noError("Remove", err)
+	from.lacks(Key("a"))
+	t.serves(a, here)
+	info := from.put(other)
+	t.serves(a, here)
+	t.noError("Quarantine", t.store.Quarantine(t.ctx, here, errDamaged))
+	t.lacks(Key("a"))
+	from.serves(other, info)
+	here, err = t.store.Promote(t.ctx, Key("a"), Scope("pr-8"))
+	t.noError("Promote", err)
+	t.serves(other, here)
+}
+
+func (t *storeTest) promoteRace() {
+	for round := range 8 {
+		key := Key(fmt.Sprint(round))
+		const scopes, uploaders, promoters = 3, 4, 6
+		ours, theirs := []sample{}, []sample{}
+		uploads := []cache.Upload{}
+		for i := range scopes {
+			theirs = append(theirs, sampleOf(key, fmt.Sprintf("content %2d", i)))
+			t.in(fmt.Sprint("pr-", i)).put(theirs[i])
+		}
+		for i := range uploaders {
+			ours = append(ours, sampleOf(key, fmt.Sprintf("content %2d", 10+i)))
+			uploads = append(uploads, t.create(key, ours[i].info.Size))
+			t.write(uploads[i], ours[i].content)
+		}
+		infos := make([]artifact.Info, uploaders+promoters)
+		errs := make([]error, uploaders+promoters)
+		together(uploaders+promoters, func(i int) {
+			if i < uploaders {
+				infos[i], errs[i] = uploads[i].Commit(t.ctx, ours[i].info)
+				uploads[i].Abort()
+				return
+			}
+			infos[i], errs[i] = t.store.Promote(t.ctx, key, Scope(fmt.Sprint("pr-", i%scopes)))
+		})
+		winners := 0
+		for i, err := range errs {
+			switch {
+			case err == nil && i < uploaders:
+				winners++
+				t.serves(ours[i], infos[i])
+			case err == nil:
+				winners++
+				t.serves(theirs[i%scopes], infos[i])
+			case !errors.Is(err, cache.ErrExists):
+				t.Errorf("the error is %v, want %v", err, cache.ErrExists)
+			}
+		}
+		if winners != 1 {
+			t.Errorf("%d won, want 1", winners)
+		}
+	}
+}
+
+// emptied uploads to scopes from which others remove what was uploaded: no upload fails for that.
+func (t *storeTest) emptied() {
+	const workers, rounds = 8, 20
+	together(workers, func(i int) {
+		store := t.in(fmt.Sprint("pr-", i%2)).store
+		for round := range rounds {
+			a := sampleOf(Key(fmt.Sprint(i, round%3)), "content")
+			upload, err := store.Create(t.ctx, a.info.Key, a.info.Size)
+			if err != nil {
+				t.Error("Create:", err)
+				return
+			}
+			_, written := upload.Write(a.content)
+			info, err := upload.Commit(t.ctx, a.info)
+			upload.Abort()
+			if err := errors.Join(written, err); err != nil {
+				t.Error("Commit:", err)
+				return
+			}
+			if err := served(t.ctx, store, a, info); err != nil {
+				t.Error(err)
+			}
+			if _, err := store.Remove(t.ctx, a.info.Key); err != nil {
+				t.Error("Remove:", err)
+			}
+		}
+	})
+}
+
 // storeTest is one test of a store, and the words that its script is written in.
 type storeTest struct {
 	*testing.T
@@ -502,6 +660,7 @@ func sampleOf(key artifact.Key, text string) sample {
 		Key:              key,
 		Hash:             sha256.Sum256(content),
 		Size:             int64(len(content)),
+		Manifest:         ManifestDigest(map[string]string{"stdout.txt": text}),
 		UncompressedSize: int64(len(text)),
 		FileCount:        1,
 		Metadata: artifact.Metadata{
@@ -535,7 +694,7 @@ func (t *storeTest) commit(upload cache.Upload, a sample) artifact.Info {
 	info, err := upload.Commit(t.ctx, a.info)
 	t.noError("Commit", err)
 	unstored := info
-	unstored.StoredAt = time.Time{}
+	unstored.Scope, unstored.StoredAt = artifact.DefaultScope, time.Time{}
 	if unstored != a.info {
 		t.Fatalf("Commit returned %+v for %+v", info, a.info)
 	}

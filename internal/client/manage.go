@@ -218,12 +218,14 @@ func (c *REST) post(ctx context.Context, asked, into proto.Message, path ...stri
 	return c.read(request, into)
 }
 
-// CollectRequest says what is to be kept by a RetentionPolicy, Collected what was removed, each for a Reason.
+// CollectRequest says what is to be kept by a RetentionPolicy, in some scopes by a ScopeRetentionPolicy besides, Collected
+// what was removed, each for a Reason.
 type (
-	CollectRequest  = cachev1.CollectGarbageRequest
-	RetentionPolicy = cachev1.RetentionPolicy
-	Collected       = cachev1.CollectGarbageResponse
-	Reason          = cachev1.RemovalReason
+	CollectRequest       = cachev1.CollectGarbageRequest
+	RetentionPolicy      = cachev1.RetentionPolicy
+	ScopeRetentionPolicy = cachev1.ScopeRetentionPolicy
+	Collected            = cachev1.CollectGarbageResponse
+	Reason               = cachev1.RemovalReason
 )
 
 // The reasons of removals by a RetentionPolicy.

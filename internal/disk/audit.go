@@ -49,6 +49,8 @@ const (
 type Finding struct {
 	// Path is relative to the storage directory.
 	Path string
+	// Scope is the scope of the artifact.
+	Scope artifact.Scope
 	// Key is the zero Key if the file is no artifact and no memo.
 	Key artifact.Key
 	// Size is the number of bytes of the artifact, 0 if the file is none.
@@ -81,7 +83,7 @@ const (
 
 // auditor looks at what is stored.
 type auditor struct {
-	store  *Store
+	store  *Store // of the scope of what is looked at
 	repair bool
 	// rate bounds the bytes per second that are read.
 	rate *rate.Limiter
@@ -108,6 +110,7 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 
 // shardEntry is one file in a shard: an artifact, a memo without one, or something else.
 type shardEntry struct {
+	store   *Store // of its scope
 	key     artifact.Key
 	path    string // relative to the storage directory
 	size    int64
@@ -127,14 +130,14 @@ const (
 
 // readShard returns what is in a shard, in ascending order of names. Memos of artifacts are not named.
 func (s *Store) readShard(shard string) ([]shardEntry, error) {
-	entries, err := os.ReadDir(filepath.Join(s.dir, shard))
+	entries, err := os.ReadDir(filepath.Join(s.root, shard))
 	if err != nil {
 		return nil, err
 	}
 	var found []shardEntry
 	artifacts := map[artifact.Key]bool{}
 	for _, entry := range entries {
-		e := shardEntry{path: filepath.Join(shard, entry.Name()), kind: entryForeign}
+		e := shardEntry{store: s, path: s.relative(shard, entry.Name()), kind: entryForeign}
 		extension := filepath.Ext(entry.Name())
 		if key, ok := keyIn(shard, strings.TrimSuffix(entry.Name(), extension)); ok {
 			switch extension {
@@ -165,19 +168,19 @@ func keyIn(inShard, digits string) (artifact.Key, bool) {
 	return key, err == nil && key.String() == digits && shard(key) == inShard
 }
 
-// shardsIn returns the directories in the storage directory that hold shards, in ascending order, or if
+// shardsIn returns the directories in the root of the scope that hold shards, in ascending order, or if
 // outer is one of them the shards in it; and what is there beside them.
 func (s *Store) shardsIn(outer string) (shards, foreign []string, err error) {
-	entries, err := os.ReadDir(filepath.Join(s.dir, outer))
+	entries, err := os.ReadDir(filepath.Join(s.root, outer))
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, entry := range entries {
 		path := filepath.Join(outer, entry.Name())
 		switch {
-		case isShardName(entry.Name()) && (entry.IsDir() || isDir(filepath.Join(s.dir, path))):
+		case isShardName(entry.Name()) && (entry.IsDir() || isDir(filepath.Join(s.root, path))):
 			shards = append(shards, path)
-		case outer == "" && (entry.Name() == tmpDir || entry.Name() == ownDir || entry.Name() == lockName):
+		case outer == "" && s.scope == artifact.DefaultScope && (entry.Name() == tmpDir || entry.Name() == ownDir || entry.Name() == lockName):
 		default:
 			foreign = append(foreign, path)
 		}
@@ -198,6 +201,7 @@ func isShardName(name string) bool {
 // audit looks at one entry of a shard. It returns nil if there is nothing any more, and an error only
 // if it could not look. If there is no memory for the artifact now, it waits.
 func (a *auditor) audit(ctx context.Context, e shardEntry) (*Finding, error) {
+	a = &auditor{store: e.store, repair: a.repair, rate: a.rate}
 	for {
 		finding, err := a.auditNow(ctx, e)
 		if !errors.Is(err, artifact.ErrBusy) {
@@ -216,7 +220,7 @@ func (a *auditor) auditNow(ctx context.Context, e shardEntry) (_ *Finding, err e
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	f := &Finding{Path: e.path, Key: e.key, Size: e.size}
+	f := &Finding{Path: e.path, Scope: e.store.scope, Key: e.key, Size: e.size}
 	switch e.kind {
 	case entryForeign:
 		f.State, f.Problem = StateForeign, errors.New("is not a server's")
@@ -296,7 +300,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 	if err != nil { // also of reading, for nobody else can read it either
 		return a.damaged(f, stat, err)
 	}
-	info.StoredAt = stat.ModTime()
+	info.Scope, info.StoredAt = s.scope, stat.ModTime()
 	if lack != nil {
 		// A server writes it behind the artifact, and may be about to.
 		if !a.repair && time.Since(stat.ModTime()) < time.Minute && !sleep(ctx, memoPause) {
@@ -308,8 +312,12 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 		return a.damaged(f, stat, hashDiffers(info.Hash, known.Hash))
 	}
 	f.State = StateSound
+	older := lack == nil && memo.Manifest == "" // than the digest of manifests, and nothing else is wrong with it
+	if older {
+		known.Manifest = info.Manifest
+	}
 	if lack == nil && known == info {
-		if a.repair && memo.Boot != "" {
+		if a.repair && (memo.Boot != "" || older) {
 			if _, err := s.renewMemo(info, file.Sync() == nil); err != nil {
 				return nil, err
 			}
@@ -337,7 +345,7 @@ func (a *auditor) auditArtifact(ctx context.Context, f *Finding) (*Finding, erro
 func (a *auditor) memo(key artifact.Key, stat fs.FileInfo) (known artifact.Info, m memo, lack error) {
 	m, lack = a.store.loadMemo(key)
 	if lack == nil {
-		known, lack = m.info(key, stat)
+		known, lack = m.info(key.In(a.store.scope), stat)
 	}
 	return known, m, lack
 }

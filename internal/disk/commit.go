@@ -14,6 +14,16 @@ package disk
 //	the memo: open, write, close, rename [2]
 //	fsync(aa/bb)                         [3] only now is the upload acknowledged
 //
+// In another scope than the default one, the directories come in this order, of which there are more, and the most
+// are the scope's own:
+//
+//	mkdir(.polykit-cache), mkdir(….scopes), mkdir(…/<scope>), mkdir(…/aa), mkdir(…/aa/bb)   [1] those not made before
+//	fsync of the directory that each of them is in                                        [1] all before the link
+//
+// None of them is removed for being empty from the first mkdir to the link. A promotion is an upload whose file is
+// there: instead of the first three steps it is link(<artifact in the other scope>, tmp/<unique>), and its time stays
+// as it is, for the memo of the other scope is bound to it.
+//
 //	[1] An orphan in tmp/, or nothing. No artifact: the next start sweeps the orphan.
 //	[2] The whole artifact or none, for the name may or may not have reached the disk; if it did, all
 //	    the bytes had before it. A memo that is missing, empty or torn is made anew from the .zst. The
@@ -60,6 +70,7 @@ type upload struct {
 	promised int64    // of these, what is still to be written
 	written  int64
 	begun    int64 // of what is written, what is on its way to the disk
+	promoted bool  // the file is an artifact of another scope, too
 }
 
 // writebackSize is how many bytes are written before their way to the disk is begun.
@@ -98,8 +109,10 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	}
 	// The file system's clock may tick every few milliseconds only. Artifacts of one key and size that
 	// were written in the same tick would pass for each other.
-	if err := os.Chtimes(u.file.Name(), time.Time{}, time.Now()); err != nil {
-		return info, err
+	if !u.promoted {
+		if err := os.Chtimes(u.file.Name(), time.Time{}, time.Now()); err != nil {
+			return info, err
+		}
 	}
 	if s.synced {
 		if err := u.file.Sync(); err != nil {
@@ -113,33 +126,45 @@ func (u *upload) commit(info artifact.Info) (artifact.Info, error) {
 	if stat.Size() != info.Size {
 		return info, fmt.Errorf("%d bytes were written, but the file has %d", info.Size, stat.Size())
 	}
-	info.StoredAt = stat.ModTime()
+	info.Scope, info.StoredAt = s.scope, stat.ModTime()
 	path := s.artifactPath(u.key)
 	if err := s.inShard(u.key, func() error { return u.link(path) }); err != nil {
+		if s.scope != artifact.DefaultScope && !errors.Is(err, cache.ErrExists) {
+			s.removeEmpty(shard(u.key))
+		}
 		return info, err
 	}
 	u.discard()
 	if err := s.writeMemo(info, false, s.synced); err != nil {
-		s.log.Warn("could not write a memo; the artifact will be verified again", "key", u.key, "error", err)
+		s.log.Warn("could not write a memo; the artifact will be verified again", "scope", s.scope, "key", u.key, "error", err)
 	}
 	if err := s.inShard(u.key, func() error { return s.syncDir(filepath.Dir(path)) }); err != nil {
 		os.Remove(s.memoPath(u.key))
-		return info, errors.Join(err, os.Remove(path))
+		err = errors.Join(err, os.Remove(path))
+		if s.scope != artifact.DefaultScope {
+			s.removeEmpty(shard(u.key))
+		}
+		return info, err
 	}
 	s.tell(info, false, s.observer.Stored)
 	return info, nil
 }
 
 func (u *upload) link(path string) error {
+	s := u.store
 	link := func() error {
-		if err := u.store.makeShard(u.key); err != nil {
+		if err := s.makeShard(u.key); err != nil {
 			return err
 		}
 		return os.Link(u.file.Name(), path)
 	}
+	if s.scope != artifact.DefaultScope {
+		s.emptying.RLock()
+		defer s.emptying.RUnlock()
+	}
 	err := link()
 	if errors.Is(err, fs.ErrNotExist) || noDir(err) { // somebody removed the shard since it was made
-		u.store.shards.forget(shardNumber(shard(u.key)))
+		s.shards.forget(s, shard(u.key))
 		err = link()
 	}
 	if errors.Is(err, fs.ErrExist) {
@@ -167,36 +192,11 @@ func (u *upload) discard() {
 	u.file = nil
 }
 
-// durableShards knows which directories this process has made durable, by the numbers of their digits.
-type durableShards struct {
-	mu     sync.Mutex
-	outers [1 << 8]bool
-	inners [shardCount]bool
-}
-
-// has says whether a shard's directory is durable, and the one that it is in.
-func (d *durableShards) has(shard int) (outer, inner bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.outers[shard>>8], d.inners[shard]
-}
-
-// add says that both are.
-func (d *durableShards) add(shard int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.outers[shard>>8], d.inners[shard] = true, true
-}
-
-// forget makes the next upload look at a shard again.
-func (d *durableShards) forget(shard int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.outers[shard>>8], d.inners[shard] = false, false
-}
-
 // makeShard makes the directory of a key's shard, and its name durable.
 func (s *Store) makeShard(key artifact.Key) error {
+	if s.scope != artifact.DefaultScope {
+		return s.makeWay(key)
+	}
 	path := shard(key)
 	number := shardNumber(path)
 	outer, inner := s.shards.has(number)
@@ -214,21 +214,30 @@ func (s *Store) makeShard(key artifact.Key) error {
 	return nil
 }
 
-func (s *Store) makeShardDir(key artifact.Key, name string) error {
-	path := filepath.Join(s.dir, name)
+func (s *Store) makeShardDir(key artifact.Key, path string) error {
+	if err := s.makeDir(key, path); err != nil {
+		return err
+	}
+	return s.syncDir(filepath.Dir(filepath.Join(s.dir, path)))
+}
+
+// makeDir makes a directory on the way to the shard of a key, which is relative to the storage directory.
+func (s *Store) makeDir(key artifact.Key, relative string) error {
+	path := filepath.Join(s.dir, relative)
 	err := os.Mkdir(path, 0o755)
 	switch {
 	case errors.Is(err, fs.ErrExist):
-		err = s.replaceByDir(path, s.aside.of(key.String()))
+		lock := sync.Locker(&s.tmpLock) // of what lies on the way to several keys
+		if isShardName(filepath.Base(relative)) {
+			lock = s.aside.of(key.String())
+		}
+		err = s.replaceByDir(path, lock)
 	case err == nil:
 		if stat, err := os.Lstat(path); err == nil {
-			s.space.own.Add(blocks(stat))
+			s.space.dirs(s.scope).Add(blocks(stat))
 		}
 	}
-	if err != nil {
-		return err
-	}
-	return s.syncDir(filepath.Dir(path))
+	return err
 }
 
 // replaceByDir makes a directory of what stands where one must be, if it is not one already. It holds a
@@ -240,6 +249,9 @@ func (s *Store) replaceByDir(path string, lock sync.Locker) error {
 		return nil
 	}
 	if err := s.quarantine(path, fmt.Errorf("%s must be a directory", path)); err != nil {
+		if isDir(path) { // it was in the way of the quarantine as well
+			return nil
+		}
 		return err
 	}
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {

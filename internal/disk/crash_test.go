@@ -95,27 +95,31 @@ func TestKill(t *testing.T) {
 				for i := 0; ; i++ {
 					key := cachetest.Key(fmt.Sprint(os.Getpid(), uploader, i))
 					size := i * 7919 % 200_000
-					info := r.put(t, key, cachetest.Random(key, size))
-					os.Stdout.WriteString(fmt.Sprintln(key, size, info.Hash))
+					scope := artifact.DefaultScope
+					if uploader%2 == 1 {
+						scope = cachetest.Scope(fmt.Sprint("pr-", i%20))
+					}
+					info := r.in(scope).put(t, key, cachetest.Random(key, size))
+					os.Stdout.WriteString(fmt.Sprintln(scope, key, size, info.Hash))
 				}
 			})
 		}
 		uploads.Wait()
 	}
 	dir := t.TempDir()
-	acknowledged := map[artifact.Key]int{} // sizes
+	acknowledged := map[artifact.Name]int{} // sizes
 	cutShort := 0
 	for round := range rounds {
 		command := child(t, dir)
 		lines := start(t, command)
 		for n := 0; lines.Scan(); n++ {
-			var digits, hash string
+			var scope, digits, hash string
 			var size int
-			if _, err := fmt.Sscan(lines.Text(), &digits, &size, &hash); err != nil || len(hash) != 64 {
+			if _, err := fmt.Sscan(lines.Text(), &scope, &digits, &size, &hash); err != nil || len(hash) != 64 {
 				t.Fatalf("the other process wrote %q", lines.Text())
 			}
 			key := keyOf(digits)
-			acknowledged[key] = size
+			acknowledged[key.In(cachetest.Scope(scope))] = size
 			if want := fmt.Sprintf("%x", sha256.Sum256(cachetest.Random(key, size))); hash != want {
 				t.Errorf("%s was acknowledged with the hash %s, want %s", key, hash, want)
 			}
@@ -131,9 +135,9 @@ func TestKill(t *testing.T) {
 			t.Fatal("Open:", err)
 		}
 		r.tmpIsEmpty(t)
-		for key, size := range acknowledged {
-			if got, _, err := r.get(t, key); err != nil || !bytes.Equal(got, cachetest.Random(key, size)) {
-				t.Errorf("%s was acknowledged, but Get returned %d bytes, %v", key, len(got), err)
+		for name, size := range acknowledged {
+			if got, _, err := r.in(name.Scope).get(t, name.Key); err != nil || !bytes.Equal(got, cachetest.Random(name.Key, size)) {
+				t.Errorf("%s was acknowledged, but Get returned %d bytes, %v", name, len(got), err)
 			}
 		}
 		if n := r.log.inspections(); n != 0 {
@@ -141,7 +145,11 @@ func TestKill(t *testing.T) {
 		}
 		if err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 			if digits, ok := strings.CutSuffix(entry.Name(), ".zst"); ok && err == nil {
-				if _, err := r.Files(t.Context(), keyOf(digits)); err != nil {
+				scope := artifact.DefaultScope
+				if in, below := strings.CutPrefix(path, r.path(scopesName)+"/"); below {
+					scope = cachetest.Scope(in[:strings.IndexByte(in, '/')])
+				}
+				if _, err := r.in(scope).Files(t.Context(), keyOf(digits)); err != nil {
 					t.Errorf("%s was stored in part: %v", path, err)
 				}
 			}

@@ -8,6 +8,13 @@
 //	<dir>/.polykit-cache/quarantine/ what was found damaged or in the way, each with its reason; may be deleted
 //	<dir>/.polykit-cache/scrub.json  how far the scrub is; may be deleted
 //	<dir>/.polykit-cache/index.db    package index's; may be deleted
+//	<dir>/.polykit-cache/scopes/<scope>/aa/bb/…  the artifacts of another scope than the default one, in the same layout
+//
+// A Store is of one scope. Its methods that cache.Store has are about the artifacts of that scope; all others are
+// about the whole directory, and are the same whatever the scope. There may be thousands of scopes, so one is nothing
+// but its directory: what a process needs to store and serve the scopes share, with one lock, one tmp/, one account of
+// the space, one memory for what was read lately. The first upload makes the directory of a scope, and who removes
+// the last artifact of one removes it.
 //
 // The .zst is the truth and its link is the one commit point; commit.go says why that is safe. The
 // memo is only a memo: where it is missing, torn, stale, or the Rust server's (which says less), it is
@@ -71,8 +78,15 @@ type Config struct {
 	Log *slog.Logger
 }
 
-// Store is a cache.Store in a directory.
+// Store is a cache.Store in a directory, of one scope.
 type Store struct {
+	*directory
+	scope artifact.Scope
+	root  string // the directory that the shards of the scope are in
+}
+
+// directory is what the stores of all scopes share.
+type directory struct {
 	dir      string
 	verifier *artifact.Verifier
 	synced   bool // artifacts are, before they are acknowledged
@@ -83,15 +97,16 @@ type Store struct {
 	space    space
 	hot      *hot
 
-	inspections singleflight.Group // in progress, by key
+	inspections singleflight.Group // in progress, by the path of the artifact
 	aside       outerLocks
-	tmpLock     sync.Mutex // held while something that is in the way of tmp/ is replaced
+	emptying    sync.RWMutex // held for writing while what is empty of a scope is removed, and else by who puts something there
+	tmpLock     sync.Mutex   // held while something that is in the way of tmp/ is replaced
 }
 
 var _ cache.Store = (*Store)(nil)
 
-// Open takes possession of a storage directory: no other Store can be opened on it before Close. It
-// takes the same time however much is stored.
+// Open takes possession of a storage directory: no other Store can be opened on it before Close. It returns the store of
+// the default scope, and takes the same time however much is stored.
 func Open(config Config) (*Store, error) {
 	dir, err := filepath.Abs(config.Dir)
 	if err != nil {
@@ -111,7 +126,7 @@ func Open(config Config) (*Store, error) {
 	if !locked {
 		return nil, fmt.Errorf("storage directory %s is in use by another server: stop that one first, or give this one a directory of its own", dir)
 	}
-	s := &Store{
+	s := newStore(&directory{
 		dir:      dir,
 		verifier: config.Verifier,
 		synced:   config.Durability != DurabilityNone,
@@ -120,7 +135,7 @@ func Open(config Config) (*Store, error) {
 		space:    space{dir: dir},
 		hot:      newHot(config.HotSize),
 		observer: unobserved{},
-	}
+	})
 	if err := s.sweep(); err != nil {
 		lock.Unlock()
 		return nil, err
@@ -128,7 +143,8 @@ func Open(config Config) (*Store, error) {
 	return s, nil
 }
 
-// OwnDir is the directory for what a server keeps beside its artifacts. All of it may be deleted.
+// OwnDir is the directory for what a server keeps beside the artifacts of the default scope. All of it may be deleted,
+// which costs the artifacts of other scopes.
 func (s *Store) OwnDir() string { return filepath.Join(s.dir, ownDir) }
 
 // Manage has an observer told what is stored and removed, and limits what the store takes of the disk. It
@@ -164,9 +180,14 @@ func (s *Store) sweep() error {
 	return nil
 }
 
+// tmpPath returns a path for a temporary file, which nothing has.
+func (s *Store) tmpPath(key artifact.Key) string {
+	return filepath.Join(s.dir, tmpDir, key.String()+"-"+rand.Text()+ownTmp)
+}
+
 // createTmp creates a temporary file with a unique name.
 func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
-	path := filepath.Join(s.dir, tmpDir, key.String()+"-"+rand.Text()+ownTmp)
+	path := s.tmpPath(key)
 	create := func() (*os.File, error) { return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644) }
 	file, err := create()
 	if err != nil && s.mendTmp(err) {
@@ -175,7 +196,7 @@ func (s *Store) createTmp(key artifact.Key) (*os.File, error) {
 	return file, err
 }
 
-// shard is the directory of a key, relative to the storage directory.
+// shard is the directory of a key, relative to the root of a scope.
 func shard(key artifact.Key) string {
 	digits := key.String()
 	return digits[:2] + separator + digits[2:4]
@@ -191,7 +212,7 @@ func (s *Store) memoPath(key artifact.Key) string { return s.path(key, ".json") 
 // several steps.
 func (s *Store) path(key artifact.Key, extension string) string {
 	digits := key.String()
-	return s.dir + separator + digits[:2] + separator + digits[2:4] + separator + digits + extension
+	return s.root + separator + digits[:2] + separator + digits[2:4] + separator + digits + extension
 }
 
 // Create implements cache.Store. It goes by the memo of what is stored and does not make one, which would
@@ -216,7 +237,7 @@ func (s *Store) Create(ctx context.Context, key artifact.Key, size int64) (cache
 
 // known returns what is known of the artifact whose file stat describes, or why nothing is.
 func (s *Store) known(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
-	if kept := s.hot.get(key, stat); kept != nil {
+	if kept := s.hot.get(key.In(s.scope), stat); kept != nil {
 		return kept.info, nil
 	}
 	return s.readMemo(key, stat)
@@ -225,9 +246,9 @@ func (s *Store) known(key artifact.Key, stat fs.FileInfo) (artifact.Info, error)
 // Open implements cache.Store. The bytes are in memory, with a method of io.WriterTo, or an *os.File,
 // which sendfile(2) can send.
 func (s *Store) Open(ctx context.Context, key artifact.Key) (io.ReadSeekCloser, artifact.Info, error) {
-	if s.hot.holds(key) {
+	if name := key.In(s.scope); s.hot.holds(name) {
 		if stat, err := os.Lstat(s.artifactPath(key)); err == nil {
-			if kept := s.hot.get(key, stat); kept != nil && kept.content != nil {
+			if kept := s.hot.get(name, stat); kept != nil && kept.content != nil {
 				return kept.open(), kept.info, nil
 			}
 		}
@@ -264,7 +285,7 @@ func (s *Store) Stat(ctx context.Context, key artifact.Key) (artifact.Info, erro
 		return artifact.Info{}, s.unopened(key, err)
 	}
 	if stat.Mode().IsRegular() {
-		if kept := s.hot.get(key, stat); kept != nil {
+		if kept := s.hot.get(key.In(s.scope), stat); kept != nil {
 			return kept.info, nil
 		}
 		if info, err := s.readMemo(key, stat); err == nil {
@@ -311,7 +332,7 @@ type inspected struct {
 // inspect makes the memo of an artifact anew; lack says what is wrong with the one it has. Many
 // requests for one artifact share an inspection, which does not end when one of them does.
 func (s *Store) inspect(ctx context.Context, key artifact.Key, lack error) (inspected, error) {
-	done := s.inspections.DoChan(key.String(), func() (any, error) { return s.inspectFile(key, lack) })
+	done := s.inspections.DoChan(s.artifactPath(key), func() (any, error) { return s.inspectFile(key, lack) })
 	select {
 	case result := <-done:
 		found, _ := result.Val.(inspected)
@@ -334,7 +355,7 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 	}
 	defer file.Close()
 	if m, err := s.loadMemo(key); err == nil {
-		if info, err := m.info(key, stat); err == nil { // an inspection ended after the memo was looked for
+		if info, err := m.info(key.In(s.scope), stat); err == nil { // an inspection ended after the memo was looked for
 			return inspected{info, stat}, nil
 		}
 	}
@@ -345,12 +366,12 @@ func (s *Store) inspectFile(key artifact.Key, lack error) (_ inspected, err erro
 	if err != nil {
 		return inspected{}, translate(err)
 	}
-	info.StoredAt = stat.ModTime()
-	s.log.Info("verified a stored artifact, since its memo could not be gone by", "key", key, "memo", lack)
+	info.Scope, info.StoredAt = s.scope, stat.ModTime()
+	s.log.Info("verified a stored artifact, since its memo could not be gone by", "scope", s.scope, "key", key, "memo", lack)
 	// What was read may be on its way to the disk only, if it was stored by a server that does not sync.
 	pinned, err := s.renewMemo(info, file.Sync() == nil)
 	if err != nil {
-		s.log.Warn("could not write a memo; the artifact will be verified again", "key", key, "error", err)
+		s.log.Warn("could not write a memo; the artifact will be verified again", "scope", s.scope, "key", key, "error", err)
 	}
 	s.tell(info, pinned, s.observer.Found)
 	return inspected{info, stat}, nil
@@ -414,6 +435,14 @@ func (s *Store) Quarantine(_ context.Context, info artifact.Info, reason error) 
 // setAside moves what is stored under key into quarantine, if it is still the file that stat
 // describes, and returns cache.ErrNotFound.
 func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error {
+	err := s.moveAside(key, stat, reason)
+	if errors.Is(err, cache.ErrNotFound) && s.scope != artifact.DefaultScope {
+		s.removeEmpty(shard(key))
+	}
+	return err
+}
+
+func (s *Store) moveAside(key artifact.Key, stat fs.FileInfo, reason error) error {
 	lock := s.aside.of(key.String()) // or else what is moved may be a new artifact, uploaded since somebody else moved the old one
 	lock.Lock()
 	defer lock.Unlock()
@@ -426,15 +455,16 @@ func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error
 	if err := s.quarantine(path, reason); err != nil {
 		return fmt.Errorf("set damaged artifact %s aside: %w", key, translate(err))
 	}
-	s.observer.Removed(key, size)
+	s.observer.Removed(key.In(s.scope), size)
 	return cache.ErrNotFound
 }
 
-// quarantine moves a file into quarantine, where it has its own name with something unique behind it.
+// quarantine moves a file into quarantine, where it has its own name with something unique behind it, and the scope in
+// front of it unless that is the default one.
 func (s *Store) quarantine(path string, reason error) error {
 	dir := filepath.Join(s.dir, ownDir, quarantineDir)
 	extension := filepath.Ext(path)
-	target := filepath.Join(dir, strings.TrimSuffix(filepath.Base(path), extension)+"-"+rand.Text())
+	target := filepath.Join(dir, s.quarantinePrefix()+strings.TrimSuffix(filepath.Base(path), extension)+"-"+rand.Text())
 	move := func() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err

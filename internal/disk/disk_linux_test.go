@@ -430,8 +430,8 @@ func TestEvictStrangeTime(t *testing.T) {
 	if stat := lstat(t, r.path(zstName)); !stat.ModTime().Equal(strange) {
 		skip(t, "the file system does not know the year 2300")
 	}
-	looked, _, _ := r.store.Look(key)
-	if _, err := r.store.Evict(t.Context(), key, time.Unix(0, looked.StoredAt.UnixNano())); err != nil {
+	looked, _, _ := r.store.Look(key.In(artifact.DefaultScope))
+	if _, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), time.Unix(0, looked.StoredAt.UnixNano())); err != nil {
 		t.Error(err)
 	}
 }
@@ -451,7 +451,7 @@ func TestEvictWithoutDescriptors(t *testing.T) {
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
 		t.Fatal(err)
 	}
-	_, err := r.store.Evict(t.Context(), key, info.StoredAt)
+	_, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), info.StoredAt)
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
@@ -477,7 +477,7 @@ func TestWalkOfUnreadable(t *testing.T) {
 		if os.Getuid() != 0 {
 			skip(t, "its owner would get the permissions back")
 		}
-		err = r.store.Walk(digits[:2], func(files []cache.File) error {
+		err = r.store.Walk(artifact.DefaultScope, digits[:2], func(files []cache.File) error {
 			for _, file := range files {
 				found = append(found, file.Key)
 			}

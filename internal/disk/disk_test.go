@@ -34,6 +34,7 @@ const (
 
 var (
 	key     = keyOf(digits)
+	pr7     = cachetest.Scope("pr-7")
 	content = cachetest.Random(key, 5000)
 )
 
@@ -130,6 +131,16 @@ func (r rig) upload(t *testing.T, key artifact.Key, content []byte) (cache.Uploa
 		t.Fatal("Write:", err)
 	}
 	return upload, info
+}
+
+// manifestOf returns the digest of an artifact's manifest.
+func manifestOf(t *testing.T, content []byte) artifact.Digest {
+	t.Helper()
+	contents, err := artifact.NewVerifier(artifact.DefaultLimits).Verify(bytes.NewReader(content), key)
+	if err != nil {
+		t.Fatal("Verify:", err)
+	}
+	return contents.Manifest()
 }
 
 // together runs n functions at once, as near as that can be.
@@ -299,18 +310,20 @@ func modified(t *testing.T, path string, at time.Time) {
 
 func TestContract(t *testing.T) {
 	for name, hotSize := range map[string]int64{"nothing kept in memory": 0, "small artifacts kept": 1 << 20} {
-		t.Run(name, func(t *testing.T) {
-			cachetest.TestStore(t, func(t *testing.T) cache.Store {
-				r := openWith(t, disk.Config{Dir: t.TempDir(), HotSize: hotSize})
-				t.Cleanup(func() {
-					r.tmpIsEmpty(t)
-					if log := r.log.String(); strings.Contains(log, `msg="could not`) {
-						t.Errorf("the store could not do something:\n%s", log)
-					}
+		for _, scope := range []artifact.Scope{artifact.DefaultScope, pr7} {
+			t.Run(name+", "+scope.String(), func(t *testing.T) {
+				cachetest.TestStore(t, func(t *testing.T) cache.Store {
+					r := openWith(t, disk.Config{Dir: t.TempDir(), HotSize: hotSize})
+					t.Cleanup(func() {
+						r.tmpIsEmpty(t)
+						if log := r.log.String(); strings.Contains(log, `msg="could not`) {
+							t.Errorf("the store could not do something:\n%s", log)
+						}
+					})
+					return r.store.In(scope)
 				})
-				return r.store
 			})
-		})
+		}
 	}
 }
 
@@ -353,8 +366,8 @@ func TestLayout(t *testing.T) {
 	}
 	memo := sealed(fmt.Sprintf(`{"hash":"%x","size":%d,"created_at":1700000000,"cache_key_hash":"%s",`+
 		`"verified_by":1,"modified_at":%d,"uncompressed_size":5000,"file_count":1,`+
-		`"package_name":"web","task_name":"build","command":"npm run build"}`,
-		sha256.Sum256(content), len(content), digits, lstat(t, r.path(zstName)).ModTime().UnixNano()))
+		`"package_name":"web","task_name":"build","command":"npm run build","manifest":"%s"}`,
+		sha256.Sum256(content), len(content), digits, lstat(t, r.path(zstName)).ModTime().UnixNano(), manifestOf(t, content)))
 	if got := string(read(t, r.path(jsonName))); got != memo {
 		t.Errorf("the .json is\n%s, want\n%s", got, memo)
 	}
@@ -531,8 +544,9 @@ func TestFound(t *testing.T) {
 				}
 				r.serves(t, key, content)
 				got, err := r.Stat(t.Context(), key)
-				want := artifact.Info{Key: key, Hash: sha256.Sum256(content), Size: size, UncompressedSize: 5000, FileCount: 1, Metadata: artifact.Metadata{
-					PackageName: "web", TaskName: "build", Command: "npm run build", CreatedAt: time.Unix(1700000000, 0).UTC()}}
+				want := artifact.Info{Key: key, Hash: sha256.Sum256(content), Size: size, UncompressedSize: 5000, FileCount: 1,
+					Manifest: manifestOf(t, content), Metadata: artifact.Metadata{
+						PackageName: "web", TaskName: "build", Command: "npm run build", CreatedAt: time.Unix(1700000000, 0).UTC()}}
 				if !got.StoredAt.Equal(stored) {
 					t.Errorf("stored at %v, want %v", got.StoredAt, stored)
 				}

@@ -1,6 +1,10 @@
 package disk
 
-import "github.com/polykit/polykit-cache/internal/artifact"
+import (
+	"io/fs"
+
+	"github.com/polykit/polykit-cache/internal/artifact"
+)
 
 // Hot returns how many artifacts are kept in memory, and what they are counted as in bytes.
 func (s *Store) Hot() (artifacts int, size int64) {
@@ -16,9 +20,22 @@ func (s *Store) Hot() (artifacts int, size int64) {
 func (s *Store) Kept(key artifact.Key) any {
 	s.hot.mu.Lock()
 	defer s.hot.mu.Unlock()
-	kept, _ := s.hot.lru.Peek(key)
+	kept, _ := s.hot.lru.Peek(key.In(s.scope))
 	return kept
 }
+
+// DurableDirs returns how many directories of other scopes than the default one are known to be durable.
+func (s *Store) DurableDirs() int {
+	s.shards.mu.Lock()
+	defer s.shards.mu.Unlock()
+	if s.shards.others == nil {
+		return 0
+	}
+	return s.shards.others.Len()
+}
+
+// BlocksOf returns what a file or directory takes on the disk.
+func BlocksOf(stat fs.FileInfo) int64 { return blocks(stat) }
 
 // RenewMemo writes the memo of an artifact anew, as who verified it does.
 func (s *Store) RenewMemo(info artifact.Info) (pinned bool, err error) {

@@ -25,9 +25,9 @@ const (
 // when a look at the path finds that file unchanged, by the same signs that bind a memo on disk to it.
 type hot struct {
 	mu   sync.Mutex
-	lru  *simplelru.LRU[artifact.Key, *hotArtifact] // nil if nothing is kept
-	most int64                                      // bytes that may be kept
-	size int64                                      // bytes that are
+	lru  *simplelru.LRU[artifact.Name, *hotArtifact] // nil if nothing is kept
+	most int64                                       // bytes that may be kept
+	size int64                                       // bytes that are
 }
 
 // hotArtifact is what is kept of an artifact. It never changes.
@@ -42,7 +42,7 @@ func newHot(size int64) *hot {
 	if size <= 0 {
 		return h
 	}
-	lru, err := simplelru.NewLRU(int(size/hotOverhead)+1, func(_ artifact.Key, a *hotArtifact) { h.size -= a.cost() })
+	lru, err := simplelru.NewLRU(int(size/hotOverhead)+1, func(_ artifact.Name, a *hotArtifact) { h.size -= a.cost() })
 	if err != nil {
 		panic(err) // its only error is of a size that is not positive
 	}
@@ -56,12 +56,12 @@ func (a *hotArtifact) cost() int64 {
 }
 
 // get returns what is kept of an artifact whose file stat describes, or nil.
-func (h *hot) get(key artifact.Key, stat fs.FileInfo) *hotArtifact {
+func (h *hot) get(name artifact.Name, stat fs.FileInfo) *hotArtifact {
 	if h.lru == nil {
 		return nil
 	}
 	h.mu.Lock()
-	a, kept := h.lru.Get(key)
+	a, kept := h.lru.Get(name)
 	h.mu.Unlock()
 	if !kept || !os.SameFile(a.stat, stat) || a.stat.Size() != stat.Size() || !a.stat.ModTime().Equal(stat.ModTime()) {
 		return nil
@@ -70,13 +70,13 @@ func (h *hot) get(key artifact.Key, stat fs.FileInfo) *hotArtifact {
 }
 
 // holds says whether all bytes of an artifact are kept, of whatever file.
-func (h *hot) holds(key artifact.Key) bool {
+func (h *hot) holds(name artifact.Name) bool {
 	if h.lru == nil {
 		return false
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	a, kept := h.lru.Peek(key)
+	a, kept := h.lru.Peek(name)
 	return kept && a.content != nil
 }
 
@@ -88,8 +88,9 @@ func (h *hot) put(a *hotArtifact) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.lru.Remove(a.info.Key) // or its cost would stay
-	h.lru.Add(a.info.Key, a)
+	name := a.info.Name()
+	h.lru.Remove(name) // or its cost would stay
+	h.lru.Add(name, a)
 	for h.size += cost; h.size > h.most; {
 		h.lru.RemoveOldest()
 	}
@@ -102,7 +103,7 @@ func (h *hot) keep(file *os.File, stat fs.FileInfo, info artifact.Info) io.ReadS
 		return file
 	}
 	if info.Size > hotContentSize || hotOverhead+info.Size > h.most/16 {
-		if h.get(info.Key, stat) == nil {
+		if h.get(info.Name(), stat) == nil {
 			h.put(&hotArtifact{stat: stat, info: info})
 		}
 		return file

@@ -33,9 +33,10 @@ func (s *Store) Remove(_ context.Context, key artifact.Key) (diskSize int64, err
 	return s.remove(key, func(fs.FileInfo) error { return nil })
 }
 
-// Evict is Remove of an artifact that was stored at a time, to the nanoseconds that the index counts, and is
-// not pinned. Any other is ErrNotFound, too.
-func (s *Store) Evict(_ context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error) {
+// Evict is Remove of an artifact of any scope that was stored at a time, to the nanoseconds that the index counts, and
+// is not pinned. Any other is ErrNotFound, too.
+func (s *Store) Evict(_ context.Context, name artifact.Name, storedAt time.Time) (diskSize int64, err error) {
+	s, key := s.in(name.Scope), name.Key
 	return s.remove(key, func(stat fs.FileInfo) error {
 		if stat.ModTime().UnixNano() != storedAt.UnixNano() {
 			return cache.ErrNotFound
@@ -52,6 +53,13 @@ func (s *Store) Evict(_ context.Context, key artifact.Key, storedAt time.Time) (
 
 // remove removes an artifact, unless meant returns an error of its file.
 func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) error) (diskSize int64, err error) {
+	if diskSize, err = s.removeFiles(key, meant); err == nil {
+		s.removeEmpty(shard(key))
+	}
+	return diskSize, err
+}
+
+func (s *Store) removeFiles(key artifact.Key, meant func(fs.FileInfo) error) (diskSize int64, err error) {
 	lock := s.aside.of(key.String())
 	lock.Lock()
 	defer lock.Unlock()
@@ -77,21 +85,8 @@ func (s *Store) remove(key artifact.Key, meant func(fs.FileInfo) error) (diskSiz
 	if err := s.inShard(key, func() error { return os.Remove(path) }); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, fmt.Errorf("remove artifact %s: %w", key, err)
 	}
-	s.removeShard(key)
-	s.observer.Removed(key, diskSize)
+	s.observer.Removed(key.In(s.scope), diskSize)
 	return diskSize, nil
-}
-
-// removeShard removes the directory of a key if nothing is in it: there may be 65,536 of them, each with
-// a block of its own. An upload that comes just now makes it again.
-func (s *Store) removeShard(key artifact.Key) {
-	path := filepath.Join(s.dir, shard(key))
-	stat, err := os.Lstat(path)
-	if err != nil || !stat.IsDir() || os.Remove(path) != nil {
-		return
-	}
-	s.shards.forget(shardNumber(shard(key)))
-	s.space.own.Add(-blocks(stat))
 }
 
 // Pin implements cache.Store. The memo bears the mark, so that it is there as long as the artifact.
@@ -122,7 +117,7 @@ func (s *Store) pin(key artifact.Key, pinned bool) (lack, err error) {
 	}
 	m, lack := s.loadMemo(key)
 	if lack == nil {
-		_, lack = m.info(key, stat)
+		_, lack = m.info(key.In(s.scope), stat)
 	}
 	if lack != nil || m.Pinned == pinned {
 		return lack, nil
@@ -131,13 +126,14 @@ func (s *Store) pin(key artifact.Key, pinned bool) (lack, err error) {
 	if err := s.putMemo(key, m, true); err != nil {
 		return nil, err
 	}
-	s.observer.Pinned(key, pinned)
+	s.observer.Pinned(key.In(s.scope), pinned)
 	return nil, nil
 }
 
-// Look returns what is known of an artifact without reading it, and false if none is stored. An error says
+// Look returns what is known of an artifact of any scope without reading it, and false if none is stored. An error says
 // that nobody can tell.
-func (s *Store) Look(key artifact.Key) (cache.Stored, bool, error) {
+func (s *Store) Look(name artifact.Name) (cache.Stored, bool, error) {
+	s, key := s.in(name.Scope), name.Key
 	var stat fs.FileInfo
 	err := s.inShard(key, func() (err error) {
 		stat, err = os.Lstat(s.artifactPath(key))
@@ -151,21 +147,44 @@ func (s *Store) Look(key artifact.Key) (cache.Stored, bool, error) {
 	case !stat.Mode().IsRegular():
 		return cache.Stored{}, false, nil
 	}
-	stored := cache.Stored{Info: artifact.Info{Key: key, Size: stat.Size(), StoredAt: stat.ModTime()}, DiskSize: s.diskSize(key, stat)}
+	stored := cache.Stored{Info: artifact.Info{Scope: s.scope, Key: key, Size: stat.Size(), StoredAt: stat.ModTime()}, DiskSize: s.diskSize(key, stat)}
 	if m, err := s.loadMemo(key); err == nil {
 		stored.Pinned = m.pins()
-		if info, lack := m.info(key, stat); lack == nil {
+		if info, lack := m.info(name, stat); lack == nil {
 			stored.Info = info
 		}
 	}
 	return stored, true, nil
 }
 
-// Walk calls visit for the artifacts of each shard whose names begin with the two digits outer. What can't be
-// read is left out, and told in the end.
-func (s *Store) Walk(outer string, visit func([]cache.File) error) error {
+// Walk calls visit for the artifacts of each shard of a scope whose names begin with the two digits outer, or of all of
+// them if it is empty. What can't be read is left out, and told in the end.
+func (s *Store) Walk(scope artifact.Scope, outer string, visit func([]cache.File) error) error {
+	s = s.in(scope)
+	if outer != "" {
+		return s.walkOuter(outer, visit)
+	}
+	outers, _, err := s.shardsIn("")
+	if errors.Is(err, fs.ErrNotExist) || noDir(err) {
+		return nil
+	}
+	for _, outer := range outers {
+		var stop error
+		unread := s.walkOuter(outer, func(files []cache.File) error {
+			stop = visit(files)
+			return stop
+		})
+		if stop != nil {
+			return stop
+		}
+		err = errors.Join(err, unread)
+	}
+	return err
+}
+
+func (s *Store) walkOuter(outer string, visit func([]cache.File) error) error {
 	shards, _, err := s.shardsIn(outer)
-	if errors.Is(err, fs.ErrPermission) && s.mendDirs(s.dir, filepath.Join(s.dir, outer)) {
+	if errors.Is(err, fs.ErrPermission) && s.mendDirs(s.root, filepath.Join(s.root, outer)) {
 		shards, _, err = s.shardsIn(outer)
 	}
 	if errors.Is(err, fs.ErrNotExist) || noDir(err) {
@@ -173,7 +192,7 @@ func (s *Store) Walk(outer string, visit func([]cache.File) error) error {
 	}
 	for _, shard := range shards {
 		files, unread := s.filesIn(shard)
-		if errors.Is(unread, fs.ErrPermission) && s.mendDirs(filepath.Join(s.dir, outer), filepath.Join(s.dir, shard)) {
+		if errors.Is(unread, fs.ErrPermission) && s.mendDirs(filepath.Join(s.root, outer), filepath.Join(s.root, shard)) {
 			files, unread = s.filesIn(shard)
 		}
 		if unread != nil && !errors.Is(unread, fs.ErrNotExist) {
@@ -188,7 +207,7 @@ func (s *Store) Walk(outer string, visit func([]cache.File) error) error {
 
 // filesIn returns the artifacts in a shard.
 func (s *Store) filesIn(shard string) ([]cache.File, error) {
-	entries, err := os.ReadDir(filepath.Join(s.dir, shard))
+	entries, err := os.ReadDir(filepath.Join(s.root, shard))
 	if err != nil {
 		return nil, err
 	}
@@ -214,10 +233,10 @@ func (s *Store) filesIn(shard string) ([]cache.File, error) {
 // unobserved is a cache.Observer that nobody listens to.
 type unobserved struct{}
 
-func (unobserved) Stored(cache.Stored)         {}
-func (unobserved) Found(cache.Stored)          {}
-func (unobserved) Pinned(artifact.Key, bool)   {}
-func (unobserved) Removed(artifact.Key, int64) {}
-func (unobserved) Hit(artifact.Key)            {}
-func (unobserved) Missed(artifact.Key)         {}
-func (unobserved) Used(artifact.Key)           {}
+func (unobserved) Stored(cache.Stored)                   {}
+func (unobserved) Found(cache.Stored)                    {}
+func (unobserved) Pinned(artifact.Name, bool)            {}
+func (unobserved) Removed(artifact.Name, int64)          {}
+func (unobserved) Hit(artifact.Name)                     {}
+func (unobserved) Missed(artifact.Key, []artifact.Scope) {}
+func (unobserved) Used(artifact.Name)                    {}

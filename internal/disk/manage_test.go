@@ -23,36 +23,38 @@ import (
 type witness struct {
 	mu     sync.Mutex
 	events []string
-	last   map[artifact.Key]cache.Stored
+	last   map[artifact.Name]cache.Stored
 }
 
-func (w *witness) note(event string, key artifact.Key) {
+// note notes what happened to an artifact, by its scope, if that is not the default one, and four digits.
+func (w *witness) note(event string, name artifact.Name) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.events = append(w.events, event+" "+key.String()[:4])
+	text := strings.TrimSuffix(name.String(), name.Key.String()[4:])
+	w.events = append(w.events, event+" "+text)
 }
 
 func (w *witness) keep(event string, s cache.Stored) {
-	w.note(event, s.Key)
+	w.note(event, s.Name())
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.last == nil {
-		w.last = map[artifact.Key]cache.Stored{}
+		w.last = map[artifact.Name]cache.Stored{}
 	}
-	w.last[s.Key] = s
+	w.last[s.Name()] = s
 }
 
 func (w *witness) Stored(s cache.Stored) { w.keep("stored", s) }
 func (w *witness) Found(s cache.Stored)  { w.keep("found", s) }
-func (w *witness) Removed(key artifact.Key, _ int64) {
-	w.note("removed", key)
+func (w *witness) Removed(name artifact.Name, _ int64) {
+	w.note("removed", name)
 }
-func (w *witness) Pinned(key artifact.Key, pinned bool) {
-	w.note(fmt.Sprintf("pinned %t", pinned), key)
+func (w *witness) Pinned(name artifact.Name, pinned bool) {
+	w.note(fmt.Sprintf("pinned %t", pinned), name)
 }
-func (w *witness) Hit(artifact.Key)    {}
-func (w *witness) Missed(artifact.Key) {}
-func (w *witness) Used(artifact.Key)   {}
+func (w *witness) Hit(artifact.Name)                     {}
+func (w *witness) Missed(artifact.Key, []artifact.Scope) {}
+func (w *witness) Used(artifact.Name)                    {}
 
 // since returns what was told since it was asked last.
 func (w *witness) since() string {
@@ -81,12 +83,12 @@ func TestObserver(t *testing.T) {
 		}
 	}
 	told("an upload", "stored 0123")
-	if got := w.last[key]; got.Info != info || got.DiskSize < info.Size+4096 || got.Pinned {
+	if got := w.last[key.In(artifact.DefaultScope)]; got.Info != info || got.DiskSize < info.Size+4096 || got.Pinned {
 		t.Errorf("told of %+v, want %+v", got, info)
 	}
-	looked, found, _ := r.store.Look(key)
-	if !found || looked != w.last[key] {
-		t.Errorf("Look returns %+v, %t, want %+v", looked, found, w.last[key])
+	looked, found, _ := r.store.Look(key.In(artifact.DefaultScope))
+	if !found || looked != w.last[key.In(artifact.DefaultScope)] {
+		t.Errorf("Look returns %+v, %t, want %+v", looked, found, w.last[key.In(artifact.DefaultScope)])
 	}
 	for _, pinned := range []bool{true, true, false} {
 		if err := r.store.Pin(t.Context(), key, pinned); err != nil {
@@ -96,13 +98,13 @@ func TestObserver(t *testing.T) {
 	told("two pins and their end", "pinned true 0123, pinned false 0123")
 
 	removeAll(t, r.path(jsonName))
-	if looked, found, _ := r.store.Look(key); !found || looked.Verified() || looked.Size != info.Size {
+	if looked, found, _ := r.store.Look(key.In(artifact.DefaultScope)); !found || looked.Verified() || looked.Size != info.Size {
 		t.Errorf("without a memo, Look returns %+v, %t", looked, found)
 	}
 	r.serves(t, key, content)
 	told("a memo that is made anew", "found 0123")
-	if w.last[key].Info != info {
-		t.Errorf("told of %+v, want %+v", w.last[key], info)
+	if w.last[key.In(artifact.DefaultScope)].Info != info {
+		t.Errorf("told of %+v, want %+v", w.last[key.In(artifact.DefaultScope)], info)
 	}
 
 	write(t, r.path(zstName), []byte("damaged"))
@@ -119,7 +121,7 @@ func TestObserver(t *testing.T) {
 			t.Errorf("%s is there after the removal: %v", gone, err)
 		}
 	}
-	if _, found, _ := r.store.Look(key); found {
+	if _, found, _ := r.store.Look(key.In(artifact.DefaultScope)); found {
 		t.Error("Look finds what was removed")
 	}
 	upload, info := r.upload(t, key, content)
@@ -138,12 +140,12 @@ func TestPinIsKept(t *testing.T) {
 	}
 	pinned := func(when string, want bool) {
 		t.Helper()
-		if looked, _, _ := r.store.Look(key); looked.Pinned != want || looked.Info != info {
+		if looked, _, _ := r.store.Look(key.In(artifact.DefaultScope)); looked.Pinned != want || looked.Info != info {
 			t.Errorf("%s: Look returns %+v, want it pinned: %t", when, looked, want)
 		}
 	}
 	pinned("at once", true)
-	if _, err := r.store.Evict(t.Context(), key, info.StoredAt); !errors.Is(err, cache.ErrNotFound) {
+	if _, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), info.StoredAt); !errors.Is(err, cache.ErrNotFound) {
 		t.Errorf("Evict of a pinned artifact returned %v, want %v", err, cache.ErrNotFound)
 	}
 	r.store.Close()
@@ -161,7 +163,7 @@ func TestPinIsKept(t *testing.T) {
 	// What is known of it is stale, as after a reboot of a server that does not sync.
 	at := info.StoredAt.Add(time.Second)
 	modified(t, r.path(zstName), at)
-	if looked, _, _ := r.store.Look(key); !looked.Pinned {
+	if looked, _, _ := r.store.Look(key.In(artifact.DefaultScope)); !looked.Pinned {
 		t.Error("Look does not return the pin of a stale memo")
 	}
 	r.serves(t, key, content)
@@ -188,7 +190,7 @@ func TestPinBesideVerification(t *testing.T) {
 	if pinned, err := r.store.RenewMemo(info); err != nil || !pinned {
 		t.Errorf("a memo that is written anew says pinned %t, %v", pinned, err)
 	}
-	if looked, _, _ := r.store.Look(key); !looked.Pinned || looked.Info != info {
+	if looked, _, _ := r.store.Look(key.In(artifact.DefaultScope)); !looked.Pinned || looked.Info != info {
 		t.Errorf("then Look returns %+v", looked)
 	}
 	if _, err := r.store.Remove(t.Context(), key); err != nil {
@@ -211,10 +213,10 @@ func TestEvictDamagedPin(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, r.path(jsonName), []byte(strings.Replace(string(text), `"checksum"`, `"pinned":true,"checksum"`, 1)))
-	if looked, found, _ := r.store.Look(key); !found || looked.Pinned {
+	if looked, found, _ := r.store.Look(key.In(artifact.DefaultScope)); !found || looked.Pinned {
 		t.Errorf("Look returns %+v, %t", looked, found)
 	}
-	if _, err := r.store.Evict(t.Context(), key, info.StoredAt); err != nil {
+	if _, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), info.StoredAt); err != nil {
 		t.Error(err)
 	}
 }
@@ -235,11 +237,11 @@ func TestEvict(t *testing.T) {
 	r, w := observed(t, t.TempDir(), disk.Limits{})
 	info := r.put(t, key, content)
 	w.since()
-	if _, err := r.store.Evict(t.Context(), key, info.StoredAt.Add(1)); !errors.Is(err, cache.ErrNotFound) {
+	if _, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), info.StoredAt.Add(1)); !errors.Is(err, cache.ErrNotFound) {
 		t.Errorf("Evict of another artifact returned %v", err)
 	}
 	r.serves(t, key, content)
-	if size, err := r.store.Evict(t.Context(), key, info.StoredAt); err != nil || size < info.Size {
+	if size, err := r.store.Evict(t.Context(), key.In(artifact.DefaultScope), info.StoredAt); err != nil || size < info.Size {
 		t.Errorf("Evict returned %d, %v", size, err)
 	}
 	if got := w.since(); got != "removed 0123" {
@@ -254,7 +256,7 @@ func TestWalk(t *testing.T) {
 	for i := range 20 {
 		key := keyOf(fmt.Sprintf("%02x%02x%060x", i%3, i%5, i))
 		info := r.put(t, key, cachetest.Random(key, 100))
-		looked, _, _ := r.store.Look(key)
+		looked, _, _ := r.store.Look(key.In(artifact.DefaultScope))
 		want[key] = cache.File{Key: key, Size: info.Size, DiskSize: looked.DiskSize, StoredAt: info.StoredAt.UnixNano()}
 	}
 	for _, foreign := range []string{"00/00/notes.txt", "00/00/" + digits + ".zst", "00/x/y", "00/file", "0g/00/x", "01/00/0100.zst"} {
@@ -263,7 +265,7 @@ func TestWalk(t *testing.T) {
 	mkdir(t, r.path("00/00/00001"+strings.Repeat("0", 59)+".zst"))
 	found := 0
 	for i := range 256 {
-		if err := r.store.Walk(fmt.Sprintf("%02x", i), func(files []cache.File) error {
+		if err := r.store.Walk(artifact.DefaultScope, fmt.Sprintf("%02x", i), func(files []cache.File) error {
 			for _, file := range files {
 				found++
 				if file != want[file.Key] {
@@ -278,7 +280,7 @@ func TestWalk(t *testing.T) {
 	if found != len(want) {
 		t.Errorf("found %d artifacts, want %d", found, len(want))
 	}
-	if err := r.store.Walk("00", func([]cache.File) error { return io.ErrUnexpectedEOF }); err != io.ErrUnexpectedEOF {
+	if err := r.store.Walk(artifact.DefaultScope, "00", func([]cache.File) error { return io.ErrUnexpectedEOF }); err != io.ErrUnexpectedEOF {
 		t.Errorf("Walk returned %v, not the visitor's error", err)
 	}
 }

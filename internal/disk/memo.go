@@ -46,7 +46,8 @@ type memo struct {
 	PackageName      string `json:"package_name"`
 	TaskName         string `json:"task_name"`
 	Command          string `json:"command"`
-	Pinned           bool   `json:"pinned,omitempty"` // retention must keep it
+	Pinned           bool   `json:"pinned,omitempty"`   // retention must keep it
+	Manifest         string `json:"manifest,omitempty"` // artifact.Info.Manifest; older memos lack it
 
 	Checksum string `json:"checksum,omitempty"` // of all other members: see sum
 }
@@ -70,7 +71,7 @@ func (s *Store) readMemo(key artifact.Key, stat fs.FileInfo) (artifact.Info, err
 	if err != nil {
 		return artifact.Info{}, err
 	}
-	return m.info(key, stat)
+	return m.info(key.In(s.scope), stat)
 }
 
 // pins says whether a memo says that its artifact is pinned. That outlives whatever else makes the memo one
@@ -98,25 +99,31 @@ func (s *Store) loadMemo(key artifact.Key) (m memo, err error) {
 }
 
 // info returns what the memo says of the artifact whose file stat describes, or why it can't be gone by.
-func (m memo) info(key artifact.Key, stat fs.FileInfo) (artifact.Info, error) {
+func (m memo) info(name artifact.Name, stat fs.FileInfo) (artifact.Info, error) {
 	var none artifact.Info
+	var manifest artifact.Digest
 	hash, err := artifact.ParseDigest(m.Hash)
+	if err == nil && m.Manifest != "" {
+		manifest, err = artifact.ParseDigest(m.Manifest)
+	}
 	switch {
 	case err != nil:
-		return none, fmt.Errorf("torn: hash is %w", err)
+		return none, fmt.Errorf("torn: a digest is %w", err)
 	case m.VerifiedBy != verifiedBy:
 		return none, errForeignMemo
 	case m.Checksum != m.sum():
 		return none, errors.New("damaged: its checksum is another")
-	case m.CacheKeyHash != key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
+	case m.CacheKeyHash != name.Key.String() || m.Size != stat.Size() || m.ModifiedAt != stat.ModTime().UnixNano():
 		return none, errors.New("stale")
 	case m.Boot != "" && m.Boot != boot():
 		return none, errors.New("of an artifact that was not synced before the machine stopped")
 	}
 	return artifact.Info{
-		Key:              key,
+		Scope:            name.Scope,
+		Key:              name.Key,
 		Hash:             hash,
 		Size:             m.Size,
+		Manifest:         manifest,
 		UncompressedSize: m.UncompressedSize,
 		FileCount:        m.FileCount,
 		Metadata: artifact.Metadata{
@@ -162,6 +169,9 @@ func (s *Store) writeMemo(info artifact.Info, pinned, synced bool) error {
 		Command:          info.Command,
 		Pinned:           pinned,
 	}
+	if (info.Manifest != artifact.Digest{}) {
+		m.Manifest = info.Manifest.String()
+	}
 	if !synced {
 		m.Boot = boot()
 	}
@@ -196,7 +206,7 @@ func (s *Store) putMemo(key artifact.Key, m memo, durable bool) error {
 		}
 	}
 	if err == nil && durable {
-		err = s.syncDir(filepath.Join(s.dir, shard(key)))
+		err = s.syncDir(filepath.Join(s.root, shard(key)))
 	}
 	if err != nil {
 		os.Remove(file.Name())

@@ -34,8 +34,11 @@ func (s *Store) mendTmp(err error) bool {
 func (s *Store) inShard(key artifact.Key, do func() error) error {
 	err := do()
 	if errors.Is(err, fs.ErrPermission) && s.lock != nil {
-		inner := filepath.Join(s.dir, shard(key))
-		s.mendDirs(s.dir, filepath.Dir(inner), inner)
+		way := []string{s.dir}
+		for _, path := range s.way(shard(key)) {
+			way = append(way, filepath.Join(s.dir, path))
+		}
+		s.mendDirs(way...)
 		err = do()
 	}
 	return err

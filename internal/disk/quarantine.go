@@ -17,8 +17,9 @@ import (
 type Quarantined struct {
 	// Name is its name there.
 	Name string
-	// Key is the key that it was stored under; the zero Key if it was no artifact.
-	Key artifact.Key
+	// Scope and Key are what it was stored under; the zero Key if it was no artifact.
+	Scope artifact.Scope
+	Key   artifact.Key
 	// Size is the number of its bytes, and DiskSize what it takes on the disk.
 	Size, DiskSize int64
 	// Reason is why it was moved there.
@@ -54,8 +55,11 @@ func (s *Store) Quarantined() ([]Quarantined, error) {
 		}
 		q := Quarantined{Name: entry.Name(), Size: stat.Size(), DiskSize: blocks(stat), At: stat.ModTime()}
 		base := strings.TrimSuffix(entry.Name(), extension)
-		if digits, _, ok := cutLast(base, "-"); ok && extension == ".zst" {
-			q.Key, _ = artifact.ParseKey(digits)
+		if name, _, ok := cutLast(base, "-"); ok {
+			q.Scope, name = cutScope(name)
+			if extension == ".zst" {
+				q.Key, _ = artifact.ParseKey(name)
+			}
 		}
 		reason := filepath.Join(dir, base+reasonExtension)
 		if text, err := os.ReadFile(reason); err == nil {

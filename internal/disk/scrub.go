@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -81,21 +83,16 @@ func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 
 // scrubRest scrubs what is left of a pass.
 func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, interval time.Duration) error {
-	outers, _, err := s.shardsIn("")
-	if err != nil {
+	if _, err := os.ReadDir(s.dir); err != nil {
 		return err
 	}
-	for _, outer := range outers {
-		shards, _, err := s.shardsIn(outer)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
+	for outer := pass.Next >> 8; outer < 1<<8; outer++ {
+		shards, err := s.shardsOfAll(fmt.Sprintf("%02x", outer))
 		if err != nil {
-			s.log.Error("could not scrub a directory", "path", outer, "error", err)
-			continue
+			s.log.Error("could not scrub a directory", "path", filepath.Join(ownDir, scopesDir), "error", err)
 		}
-		for _, shard := range shards {
-			number := shardNumber(shard)
+		for i, shard := range shards {
+			number := shardNumber(shard.path)
 			if number < pass.Next {
 				continue
 			}
@@ -103,19 +100,46 @@ func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, inte
 			if !sleep(ctx, time.Until(due)) {
 				return ctx.Err()
 			}
-			err := s.scrubShard(ctx, a, shard, pass)
+			err := shard.store.scrubShard(ctx, a, shard.path, pass)
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
 			if err != nil { // which must not keep all that is behind it from being scrubbed
-				s.log.Error("could not scrub a directory", "path", shard, "error", err)
+				s.log.Error("could not scrub a directory", "path", shard.store.relative(shard.path), "error", err)
 			}
-			pass.Next = number + 1
-			s.writeScrubPass(*pass)
+			if i+1 == len(shards) || shardNumber(shards[i+1].path) != number {
+				pass.Next = number + 1
+				s.writeScrubPass(*pass)
+			}
 		}
 	}
+	s.removeEmptyScopes(ctx)
 	pass.Next = shardCount
 	return nil
+}
+
+// scopeShard is a shard of a scope.
+type scopeShard struct {
+	store *Store
+	path  string
+}
+
+// shardsOfAll returns the shards of all scopes in one of the directories that hold them, by their numbers: so a pass is
+// as far in all of them.
+func (s *Store) shardsOfAll(outer string) ([]scopeShard, error) {
+	var all []scopeShard
+	stores, err := s.stores()
+	for _, store := range stores {
+		shards, _, err := store.shardsIn(outer)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !noDir(err) {
+			s.log.Error("could not scrub a directory", "path", store.relative(outer), "error", err)
+		}
+		for _, shard := range shards {
+			all = append(all, scopeShard{store, shard})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b scopeShard) int { return strings.Compare(a.path, b.path) })
+	return all, err
 }
 
 func (s *Store) scrubShard(ctx context.Context, a *auditor, shard string, pass *scrubPass) error {

@@ -416,6 +416,32 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// TestOlderMemo is about a memo from before there was a digest of manifests: it is gone by as it is, and the next
+// one who reads all of the artifact anyway adds the digest.
+func TestOlderMemo(t *testing.T) {
+	r := open(t, t.TempDir())
+	info := r.put(t, key, content)
+	if info.Manifest != manifestOf(t, content) {
+		t.Errorf("the manifest is %s", info.Manifest)
+	}
+	older := strings.Replace(string(read(t, r.json(key))), fmt.Sprintf(`,"manifest":"%s"`, info.Manifest), "", 1)
+	write(t, r.json(key), []byte(sealed(older)))
+	r.store.Close()
+	if f := verify(t, disk.VerifyConfig{Config: disk.Config{Dir: r.dir}})[zstName]; f.State != disk.StateSound {
+		t.Errorf("Verify finds it %s, %v", f.State, f.Problem)
+	}
+	r = open(t, r.dir)
+	if stat, err := r.Stat(t.Context(), key); err != nil || stat.Manifest != (artifact.Digest{}) || r.log.inspections() != 0 {
+		t.Errorf("Stat returned %+v, %v after %d inspections", stat, err, r.log.inspections())
+	}
+	if f, err := r.store.Audit(t.Context(), key.In(artifact.DefaultScope)); err != nil || f.State != disk.StateSound || f.Repaired {
+		t.Errorf("Audit found %+v, %v", f, err)
+	}
+	if looked, _, err := r.store.Look(key.In(artifact.DefaultScope)); err != nil || looked.Manifest != info.Manifest {
+		t.Errorf("after the audit, Look returns %+v, %v", looked, err)
+	}
+}
+
 // TestScrubFindsWhatVerifyFinds has the scrub make good the same, beside a server.
 func TestScrubFindsWhatVerifyFinds(t *testing.T) {
 	for _, w := range wrecks {

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
@@ -74,6 +75,9 @@ type space struct {
 	dir    string
 	limits Limits
 	own    atomic.Int64 // of what is neither an artifact nor an upload
+	scopes atomic.Int64 // of the directories of other scopes than the default one
+
+	measuredScopes time.Time // when these were counted
 
 	mu       sync.Mutex
 	inFlight int64 // of uploads, written or not
@@ -86,7 +90,7 @@ func (s *space) usage() (Usage, error) {
 	if errors.Is(err, fs.ErrNotExist) { // the directory is made again when the upload is
 		size, free, err = unknownSpace, unknownSpace, nil
 	}
-	u := Usage{Used: s.own.Load() + s.inFlight, Size: size, Free: free - s.promised}
+	u := Usage{Used: s.own.Load() + s.scopes.Load() + s.inFlight, Size: size, Free: free - s.promised}
 	if s.limits.Stored != nil {
 		u.Used += s.limits.Stored()
 	}
@@ -95,6 +99,14 @@ func (s *space) usage() (Usage, error) {
 		u.Room = min(u.Room, s.limits.MaxStorage-u.Used)
 	}
 	return u, err
+}
+
+// dirs counts the directories of a scope.
+func (s *space) dirs(scope artifact.Scope) *atomic.Int64 {
+	if scope == artifact.DefaultScope {
+		return &s.own
+	}
+	return &s.scopes
 }
 
 // promise sets size bytes aside. If there is no room for them it has room made, and returns ENOSPC if that
@@ -151,32 +163,61 @@ func (s *Store) Usage() (Usage, error) {
 	return s.space.usage()
 }
 
+// scopesInterval is the least time between two counts of the directories of scopes. There may be many more of them than
+// of the default scope, each with little in it, and what the server does with them is counted as it happens.
+const scopesInterval = time.Hour
+
 // Measure counts anew what the store keeps beside artifacts and uploads: its directories, and what is in
-// its own. It looks at every directory, and is for the background.
+// its own. It looks at every directory, and is for the background: one at a time.
 func (s *Store) Measure() {
-	var own int64
-	count := func(path string) {
-		if stat, err := os.Lstat(path); err == nil {
-			own += blocks(stat)
-		}
-	}
-	count(s.dir)
-	count(filepath.Join(s.dir, tmpDir))
-	outers, _, _ := s.shardsIn("")
-	for _, outer := range outers {
-		count(filepath.Join(s.dir, outer))
-		shards, _, _ := s.shardsIn(outer)
-		for _, shard := range shards {
-			count(filepath.Join(s.dir, shard))
-		}
-	}
+	own := s.in(artifact.DefaultScope).dirsSize() + size(filepath.Join(s.dir, tmpDir))
+	scopes := filepath.Join(s.OwnDir(), scopesDir)
 	filepath.WalkDir(s.OwnDir(), func(path string, _ fs.DirEntry, _ error) error {
 		if !strings.HasPrefix(filepath.Base(path), indexName) { // which counts itself
-			count(path)
+			own += size(path)
+		}
+		if path == scopes {
+			return fs.SkipDir
 		}
 		return nil
 	})
 	s.space.own.Store(own)
+	if time.Since(s.space.measuredScopes) < scopesInterval {
+		return
+	}
+	stores, err := s.stores()
+	if err != nil {
+		return // what is known is better than nothing
+	}
+	var others int64
+	for _, store := range stores[1:] {
+		others += store.dirsSize()
+	}
+	s.space.scopes.Store(others)
+	s.space.measuredScopes = time.Now()
+}
+
+// size is what a file or directory takes on the disk; nothing if it is not there.
+func size(path string) int64 {
+	stat, err := os.Lstat(path)
+	if err != nil {
+		return 0
+	}
+	return blocks(stat)
+}
+
+// dirsSize sums up what the directories of a scope take on the disk.
+func (s *Store) dirsSize() int64 {
+	sum := size(s.root)
+	outers, _, _ := s.shardsIn("")
+	for _, outer := range outers {
+		sum += size(filepath.Join(s.root, outer))
+		shards, _, _ := s.shardsIn(outer)
+		for _, shard := range shards {
+			sum += size(filepath.Join(s.root, shard))
+		}
+	}
+	return sum
 }
 
 // diskSize returns what the artifact whose file stat describes takes on the disk, with its memo.

@@ -20,7 +20,7 @@ import (
 // VerifyConfig configures Verify.
 type VerifyConfig struct {
 	Config
-	// Keys are the artifacts to look at; all if there are none.
+	// Keys are the artifacts to look at, in whatever scopes they are; all if there are none.
 	Keys []artifact.Key
 	// Repair moves what is damaged to quarantine and makes memos anew. It needs the directory for
 	// itself: no server may use it.
@@ -74,7 +74,7 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 		audits.Go(func() error {
 			finding, err := a.audit(ctx, e)
 			if err != nil {
-				finding = &Finding{Path: e.path, Key: e.key, Size: e.size, State: StateUnread, Problem: err}
+				finding = &Finding{Path: e.path, Scope: e.store.scope, Key: e.key, Size: e.size, State: StateUnread, Problem: err}
 			}
 			if finding == nil || ctx.Err() != nil {
 				return nil
@@ -91,75 +91,104 @@ func Verify(ctx context.Context, config VerifyConfig) error {
 }
 
 // Peek returns a Store that only looks at what is stored in a directory, which a server may use meanwhile and
-// which need not exist. Of its methods only Look and Walk may be called; they change nothing.
+// which need not exist. Of its methods only Scopes, Look and Walk may be called; they change nothing.
 func Peek(config Config) (*Store, error) {
 	dir, err := filepath.Abs(config.Dir)
 	if err != nil {
 		return nil, err
 	}
-	return &Store{dir: dir, verifier: config.Verifier, log: config.Log}, nil
+	return newStore(&directory{dir: dir, verifier: config.Verifier, log: config.Log}), nil
 }
 
-// Audit reads all of a stored artifact, whatever is known of it. If it is sound, its memo is made anew where
+// Audit reads all of a stored artifact of any scope, whatever is known of it. If it is sound, its memo is made anew where
 // that is missing or wrong; if it is damaged, it is moved to quarantine. One over the limits is left alone. It
 // returns nil if there is none.
-func (s *Store) Audit(ctx context.Context, key artifact.Key) (*Finding, error) {
+func (s *Store) Audit(ctx context.Context, name artifact.Name) (*Finding, error) {
+	s, key := s.in(name.Scope), name.Key
 	a := &auditor{store: s, repair: true, rate: rate.NewLimiter(rate.Inf, scrubBurst)}
-	return a.audit(ctx, shardEntry{key: key, path: s.relativePath(key), kind: entryArtifact})
+	return a.audit(ctx, shardEntry{store: s, key: key, path: s.relativePath(key), kind: entryArtifact})
 }
 
 // relativePath is the path of an artifact in the storage directory.
 func (s *Store) relativePath(key artifact.Key) string {
-	return filepath.Join(shard(key), filepath.Base(s.artifactPath(key)))
+	return s.relative(shard(key), filepath.Base(s.artifactPath(key)))
 }
 
 // entries visits everything in the storage directory, or just the artifacts of some keys, until visit
 // returns false. What can't be read is visited as such.
 func (s *Store) entries(keys []artifact.Key, visit func(shardEntry) bool) {
-	for _, key := range keys {
-		e := shardEntry{key: key, path: s.relativePath(key), kind: entryMissing}
+	stores, err := s.stores()
+	if err != nil && !visit(shardEntry{store: s, path: filepath.Join(ownDir, scopesDir), kind: entryUnread, problem: err}) {
+		return
+	}
+	if len(keys) > 0 {
+		for _, key := range keys {
+			if !visitKey(stores, key, visit) {
+				return
+			}
+		}
+		return
+	}
+	for _, store := range stores {
+		if !store.entriesOfScope(visit) {
+			return
+		}
+	}
+}
+
+// visitKey visits the artifacts of a key in all scopes, or that it is missing in all, and says whether to go on.
+func visitKey(stores []*Store, key artifact.Key, visit func(shardEntry) bool) (more bool) {
+	missing := true
+	for _, s := range stores {
+		e := shardEntry{store: s, key: key, path: s.relativePath(key)}
 		switch stat, err := os.Lstat(s.artifactPath(key)); {
 		case err == nil:
 			e.size, e.kind = stat.Size(), entryArtifact
-		case !errors.Is(err, fs.ErrNotExist) && !noDir(err):
+		case errors.Is(err, fs.ErrNotExist) || noDir(err):
+			continue
+		default:
 			e.kind, e.problem = entryUnread, err
 		}
+		missing = false
 		if !visit(e) {
-			return
+			return false
 		}
 	}
-	if len(keys) > 0 {
-		return
-	}
+	return !missing || visit(shardEntry{store: stores[0], key: key, path: stores[0].relativePath(key), kind: entryMissing})
+}
+
+// entriesOfScope visits everything in a scope, and says whether to go on.
+func (s *Store) entriesOfScope(visit func(shardEntry) bool) (more bool) {
 	outers, more := s.visitBeside("", visit)
 	for _, outer := range outers {
 		if !more {
-			return
+			return false
 		}
 		var shards []string
 		shards, more = s.visitBeside(outer, visit)
 		for _, shard := range shards {
 			entries, err := s.readShard(shard)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				entries = append(entries, shardEntry{path: shard, kind: entryUnread, problem: err})
+				entries = append(entries, shardEntry{store: s, path: s.relative(shard), kind: entryUnread, problem: err})
 			}
 			for _, e := range entries {
 				if more = more && visit(e); !more {
-					return
+					return false
 				}
 			}
 		}
 	}
+	return more
 }
 
 // visitBeside visits what stands beside shards, and returns these and whether to go on.
 func (s *Store) visitBeside(outer string, visit func(shardEntry) bool) (shards []string, more bool) {
 	shards, foreign, err := s.shardsIn(outer)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !visit(shardEntry{path: cmp.Or(outer, "."), kind: entryUnread, problem: err}) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !visit(shardEntry{store: s, path: cmp.Or(s.relative(outer), "."), kind: entryUnread, problem: err}) {
 		return nil, false
 	}
 	for _, path := range foreign {
-		if !visit(shardEntry{path: path, kind: entryForeign}) {
+		if !visit(shardEntry{store: s, path: s.relative(path), kind: entryForeign}) {
 			return nil, false
 		}
 	}

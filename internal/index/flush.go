@@ -14,7 +14,7 @@ import (
 // batch is what was told and is not written yet.
 type batch struct {
 	changes []change
-	uses    map[artifact.Key]*use
+	uses    map[artifact.Name]*use
 	counted Usage
 	forgot  bool
 	damage  error
@@ -32,13 +32,13 @@ func (x *Index) take() batch {
 	b := batch{x.pending, x.uses, x.counted, x.forgot, x.damage, x.more}
 	x.pending, x.counted, x.forgot, x.damage = nil, Usage{}, false, nil
 	if len(x.uses) <= x.maxUses {
-		x.uses = map[artifact.Key]*use{}
+		x.uses = map[artifact.Name]*use{}
 		return b
 	}
-	b.uses = make(map[artifact.Key]*use, x.maxUses)
-	for key, u := range x.uses {
-		b.uses[key] = u
-		delete(x.uses, key)
+	b.uses = make(map[artifact.Name]*use, x.maxUses)
+	for name, u := range x.uses {
+		b.uses[name] = u
+		delete(x.uses, name)
 		if len(b.uses) == x.maxUses {
 			break
 		}
@@ -56,11 +56,11 @@ func (x *Index) giveBack(b batch) {
 		x.pending, b.forgot = x.pending[:x.maxPending], true
 	}
 	x.forgot = x.forgot || b.forgot
-	for key, u := range b.uses {
-		if now := x.uses[key]; now != nil {
+	for name, u := range b.uses {
+		if now := x.uses[name]; now != nil {
 			now.hits += u.hits
 		} else if len(x.uses) < x.maxPending {
-			x.uses[key] = u
+			x.uses[name] = u
 		}
 	}
 }
@@ -158,8 +158,8 @@ func (x *Index) write(ctx context.Context, b batch, rest *rest) (err error) {
 			return err
 		}
 	}
-	for key, u := range b.uses {
-		if err := errors.Join(w.use(key, u), rest.pause()); err != nil {
+	for name, u := range b.uses {
+		if err := errors.Join(w.use(name, u), rest.pause()); err != nil {
 			return err
 		}
 	}
@@ -178,8 +178,8 @@ func (x *Index) write(ctx context.Context, b batch, rest *rest) (err error) {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	for _, key := range w.unknown {
-		x.doubt(key)
+	for _, name := range w.unknown {
+		x.doubt(name)
 	}
 	return nil
 }
@@ -193,7 +193,7 @@ type writing struct {
 	tx         *sql.Tx
 	statements map[string]*sql.Stmt // prepared so far
 	tasks      map[task]int64       // ids
-	unknown    []artifact.Key       // used, and without a row
+	unknown    []artifact.Name      // used, and without a row
 
 	maxIdleTasks int
 }
@@ -231,12 +231,12 @@ func (w *writing) get(query string, args ...any) (n int64, found bool, err error
 }
 
 func (w *writing) change(c change) error {
-	key := c.stored.Key.String()
+	scope, key := columns(c.stored.Name())
 	switch c.kind {
 	case changePinned:
-		return w.do("UPDATE artifacts SET pinned = ? WHERE scope = '' AND key = ?", c.stored.Pinned, key)
+		return w.do("UPDATE artifacts SET pinned = ? WHERE scope = ? AND key = ?", c.stored.Pinned, scope, key)
 	case changeRemoved:
-		return w.do("DELETE FROM artifacts WHERE scope = '' AND key = ?", key)
+		return w.do("DELETE FROM artifacts WHERE scope = ? AND key = ?", scope, key)
 	case changeEvicted:
 		return w.do("UPDATE tasks SET evicted = evicted + 1, evicted_disk_size = evicted_disk_size + ? WHERE package = ? AND task = ?",
 			c.stored.DiskSize, c.stored.PackageName, c.stored.TaskName)
@@ -255,8 +255,8 @@ func (w *writing) change(c change) error {
 
 // upsert writes an artifact's row. One that was only found was used before by what its row says.
 func (w *writing) upsert(c change, task int64) error {
-	query := `INSERT INTO artifacts (key, hash, size, uncompressed_size, files, task_id, command, created_at, stored_at, used_at, uses, disk_size, pinned)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?)
+	query := `INSERT INTO artifacts (scope, key, hash, size, uncompressed_size, files, task_id, command, created_at, stored_at, used_at, uses, disk_size, pinned)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?)
 		ON CONFLICT (scope, key) DO UPDATE SET hash = excluded.hash, size = excluded.size, uncompressed_size = excluded.uncompressed_size,
 			files = excluded.files, task_id = excluded.task_id, command = excluded.command, created_at = excluded.created_at,
 			stored_at = excluded.stored_at, disk_size = excluded.disk_size, pinned = excluded.pinned`
@@ -274,7 +274,8 @@ func (w *writing) upsert(c change, task int64) error {
 	if s.CreatedAt.IsZero() {
 		created = 0
 	}
-	return w.do(query, s.Key.String(), hash, s.Size, s.UncompressedSize, s.FileCount, task, s.Command, created,
+	scope, key := columns(s.Name())
+	return w.do(query, scope, key, hash, s.Size, s.UncompressedSize, s.FileCount, task, s.Command, created,
 		s.StoredAt.UnixNano(), s.StoredAt.UnixNano(), s.DiskSize, s.Pinned)
 }
 
@@ -296,11 +297,12 @@ func (w *writing) task(t task) (int64, error) {
 }
 
 // use writes how an artifact was used. If it has no row, somebody put it there behind the server's back.
-func (w *writing) use(key artifact.Key, u *use) error {
-	id, found, err := w.get("UPDATE artifacts SET used_at = max(used_at, ?), uses = uses + ? WHERE scope = '' AND key = ? RETURNING task_id",
-		u.at, u.hits, key.String())
+func (w *writing) use(name artifact.Name, u *use) error {
+	scope, key := columns(name)
+	id, found, err := w.get("UPDATE artifacts SET used_at = max(used_at, ?), uses = uses + ? WHERE scope = ? AND key = ? RETURNING task_id",
+		u.at, u.hits, scope, key)
 	if err == nil && !found {
-		w.unknown = append(w.unknown, key)
+		w.unknown = append(w.unknown, name)
 	}
 	if err != nil || !found || u.hits == 0 {
 		return err
@@ -351,20 +353,21 @@ func (x *Index) attend(ctx context.Context, source Source) (err error) {
 	}
 	x.mu.Lock()
 	doubts := x.doubts
-	x.doubts = map[artifact.Key]bool{}
+	x.doubts = map[artifact.Name]bool{}
 	x.mu.Unlock()
-	for key := range doubts {
+	for name := range doubts {
 		// Most misses are of what was never there.
 		var known bool
-		if err := x.rows(ctx, "SELECT 1 FROM artifacts WHERE scope = '' AND key = ?", []any{key.String()}, func(func(...any) error) (bool, error) {
+		scope, key := columns(name)
+		if err := x.rows(ctx, "SELECT 1 FROM artifacts WHERE scope = ? AND key = ?", []any{scope, key}, func(func(...any) error) (bool, error) {
 			known = true
 			return false, nil
 		}); err != nil {
 			return err
 		}
-		_, stored, err := source.Look(key)
+		_, stored, err := source.Look(name)
 		if err == nil && stored != known {
-			_, err = x.Recheck(source, key)
+			_, err = x.Recheck(source, name)
 		}
 		if err != nil {
 			return err

@@ -47,7 +47,7 @@ const (
 	// maxUses is how many last uses are written at a time; the others wait. So they never cost more than a small
 	// part of a processor, however many different artifacts are downloaded.
 	maxUses = 2000
-	// maxDoubts is how many keys are looked up at a time since what was said of them does not fit the index.
+	// maxDoubts is how many artifacts are looked up at a time since what was said of them does not fit the index.
 	maxDoubts = 1000
 	// maxIdleTasks is how many tasks without artifacts are remembered, for what was counted of them.
 	maxIdleTasks = 10_000
@@ -98,9 +98,9 @@ type Index struct {
 	mu         sync.Mutex
 	pending    []change
 	changes    uint64 // that were told so far
-	uses       map[artifact.Key]*use
-	doubts     map[artifact.Key]bool // missed, or used without a row: to be looked up
-	misses     *simplelru.LRU[artifact.Key, int64]
+	uses       map[artifact.Name]*use
+	doubts     map[artifact.Name]bool // missed, or used without a row: to be looked up
+	misses     *simplelru.LRU[artifact.Name, int64]
 	counted    Usage // that is not written yet
 	sinceStart Usage
 	forgot     bool          // something did not fit into pending
@@ -116,7 +116,7 @@ type Index struct {
 // change is something that happened to an artifact.
 type change struct {
 	kind   changeKind
-	stored cache.Stored // for all but the key it says how it is now
+	stored cache.Stored // for all but the name it says how it is now
 	misses int64        // before it was stored
 }
 
@@ -160,7 +160,7 @@ func (u *Usage) add(other Usage) {
 // begun anew; one that is newer than this program is ErrNewer. One that can't be opened now, as on a full
 // disk, is opened later: nobody needs it to store or serve. It takes the same time however much is stored.
 func Open(config Config) (*Index, error) {
-	misses, err := simplelru.NewLRU[artifact.Key, int64](maxMisses, nil)
+	misses, err := simplelru.NewLRU[artifact.Name, int64](maxMisses, nil)
 	if err != nil {
 		panic(err) // its only error is of a size that is not positive
 	}
@@ -168,8 +168,8 @@ func Open(config Config) (*Index, error) {
 		config:    config,
 		startedAt: time.Now(),
 		lost:      make(chan struct{}, 1),
-		uses:      map[artifact.Key]*use{},
-		doubts:    map[artifact.Key]bool{},
+		uses:      map[artifact.Name]*use{},
+		doubts:    map[artifact.Name]bool{},
 		misses:    misses,
 		full:      make(chan struct{}, 1),
 

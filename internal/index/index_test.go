@@ -96,16 +96,16 @@ func (r rig) list(t *testing.T, q index.Query, names ...string) []string {
 	}
 }
 
-// all returns all entries by key.
-func (r rig) all(t *testing.T) map[artifact.Key]index.Entry {
+// all returns all entries by name.
+func (r rig) all(t *testing.T) map[artifact.Name]index.Entry {
 	t.Helper()
 	entries, next, err := r.List(t.Context(), index.Query{Limit: 1 << 20})
 	if err != nil || next != "" {
 		t.Fatal(next, err)
 	}
-	found := map[artifact.Key]index.Entry{}
+	found := map[artifact.Name]index.Entry{}
 	for _, e := range entries {
-		found[e.Key] = e
+		found[e.Name()] = e
 	}
 	return found
 }
@@ -125,7 +125,7 @@ func TestToldAndListed(t *testing.T) {
 	r.Stored(a)
 	r.flush(t)
 	for _, when := range []string{"at once", "after a restart"} {
-		e, found := r.all(t)[a.Key]
+		e, found := r.all(t)[a.Name()]
 		if !found || e.Stored != a || !e.UsedAt.Equal(start) || e.Uses != 0 {
 			t.Errorf("%s there is %+v (%t), want %+v, never used", when, e, found, a)
 		}
@@ -135,12 +135,12 @@ func TestToldAndListed(t *testing.T) {
 		r = open(t, r.dir)
 	}
 	before := time.Now()
-	r.Hit(a.Key)
-	r.Hit(a.Key)
-	r.Used(a.Key)
-	r.Pinned(a.Key, true)
+	r.Hit(a.Name())
+	r.Hit(a.Name())
+	r.Used(a.Name())
+	r.Pinned(a.Name(), true)
 	r.flush(t)
-	e := r.all(t)[a.Key]
+	e := r.all(t)[a.Name()]
 	if e.Uses != 2 || !e.Pinned || e.UsedAt.Before(before) || e.UsedAt.After(time.Now()) {
 		t.Errorf("after two downloads and a pin there is %+v", e)
 	}
@@ -149,17 +149,17 @@ func TestToldAndListed(t *testing.T) {
 	again.TaskName, again.Size, again.Pinned = "test", 200, true
 	r.Found(again)
 	r.flush(t)
-	if got := r.all(t)[a.Key]; got.Stored != again || got.Uses != 2 || !got.UsedAt.Equal(e.UsedAt) {
+	if got := r.all(t)[a.Name()]; got.Stored != again || got.Uses != 2 || !got.UsedAt.Equal(e.UsedAt) {
 		t.Errorf("found anew, there is %+v, want %+v with the uses of %+v", got, again, e)
 	}
 	// It is another artifact: nothing is left of the old one.
-	r.Removed(a.Key, a.DiskSize)
+	r.Removed(a.Name(), a.DiskSize)
 	r.Stored(a)
 	r.flush(t)
-	if got := r.all(t)[a.Key]; got.Stored != a || got.Uses != 0 || !got.UsedAt.Equal(start) {
+	if got := r.all(t)[a.Name()]; got.Stored != a || got.Uses != 0 || !got.UsedAt.Equal(start) {
 		t.Errorf("stored anew, there is %+v, want %+v, never used", got, a)
 	}
-	r.Removed(a.Key, a.DiskSize)
+	r.Removed(a.Name(), a.DiskSize)
 	r.flush(t)
 	if all := r.all(t); len(all) > 0 {
 		t.Errorf("after it was removed there is %+v", all)
@@ -172,7 +172,7 @@ func TestUnverified(t *testing.T) {
 	bare := cache.Stored{Info: artifact.Info{Key: cachetest.Key("a"), Size: 10, StoredAt: start}, DiskSize: 4096}
 	r.Found(bare)
 	r.flush(t)
-	if e := r.all(t)[bare.Key]; e.Stored != bare || e.Verified() {
+	if e := r.all(t)[bare.Name()]; e.Stored != bare || e.Verified() {
 		t.Errorf("there is %+v, want %+v", e, bare)
 	}
 }
@@ -221,7 +221,7 @@ func TestList(t *testing.T) {
 	if got := r.list(t, index.Query{Order: index.ByKey}, names...); !slices.Equal(got, byKey) {
 		t.Errorf("by key: got %q, want %q", got, byKey)
 	}
-	r.Hit(cachetest.Key("b"))
+	r.Hit(cachetest.Key("b").In(artifact.DefaultScope))
 	r.flush(t)
 	if got := strings.Join(r.list(t, index.Query{Order: index.ByUsedAt}, names...), " "); got != "a c d e f g b" {
 		t.Errorf("by last use: got %q", got)
@@ -278,17 +278,17 @@ func TestCursors(t *testing.T) {
 func TestStats(t *testing.T) {
 	r := open(t, t.TempDir())
 	a, b, c := stored("a", "web", "build", 5000, start), stored("b", "web", "build", 100, start), stored("c", "api", "test", 100, start)
-	r.Missed(a.Key)
-	r.Missed(a.Key)
-	r.Missed(cachetest.Key("never stored"))
+	r.Missed(a.Key, []artifact.Scope{artifact.DefaultScope})
+	r.Missed(a.Key, []artifact.Scope{artifact.DefaultScope})
+	r.Missed(cachetest.Key("never stored"), []artifact.Scope{artifact.DefaultScope})
 	for _, s := range []cache.Stored{a, b, c} {
 		r.Stored(s)
 	}
-	r.Hit(a.Key)
-	r.Hit(c.Key)
-	r.Used(b.Key)
-	entry := r.all(t)[b.Key]
-	r.Removed(b.Key, b.DiskSize)
+	r.Hit(a.Name())
+	r.Hit(c.Name())
+	r.Used(b.Name())
+	entry := r.all(t)[b.Name()]
+	r.Removed(b.Name(), b.DiskSize)
 	r.Evicted(entry, b.DiskSize)
 	want := index.Stats{
 		Total: index.Sums{Artifacts: 2, Size: 5100, UncompressedSize: 15300, DiskSize: a.DiskSize + c.DiskSize},
@@ -325,33 +325,43 @@ func TestStats(t *testing.T) {
 // directory is a Source whose files are in memory.
 type directory struct {
 	mu    sync.Mutex
-	files map[artifact.Key]cache.Stored
+	files map[artifact.Name]cache.Stored
 	// walking is called for each outer directory before it is read, looking before each look.
 	walking func(outer string)
-	looking func(artifact.Key)
+	looking func(artifact.Name)
 }
 
-func (d *directory) Walk(outer string, visit func([]cache.File) error) error {
+func (d *directory) Scopes() ([]artifact.Scope, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	scopes := map[artifact.Scope]bool{artifact.DefaultScope: true}
+	for name := range d.files {
+		scopes[name.Scope] = true
+	}
+	return slices.Collect(maps.Keys(scopes)), nil
+}
+
+func (d *directory) Walk(scope artifact.Scope, outer string, visit func([]cache.File) error) error {
 	if d.walking != nil {
 		d.walking(outer)
 	}
 	d.mu.Lock()
 	var files []cache.File
-	for key, s := range d.files {
-		if strings.HasPrefix(key.String(), outer) {
-			files = append(files, cache.File{Key: key, Size: s.Size, DiskSize: s.DiskSize, StoredAt: s.StoredAt.UnixNano()})
+	for name, s := range d.files {
+		if name.Scope == scope && strings.HasPrefix(name.Key.String(), outer) {
+			files = append(files, cache.File{Key: name.Key, Size: s.Size, DiskSize: s.DiskSize, StoredAt: s.StoredAt.UnixNano()})
 		}
 	}
 	d.mu.Unlock()
 	return visit(files)
 }
 
-func (d *directory) Look(key artifact.Key) (cache.Stored, bool, error) {
+func (d *directory) Look(name artifact.Name) (cache.Stored, bool, error) {
 	d.mu.Lock()
-	s, found := d.files[key]
+	s, found := d.files[name]
 	d.mu.Unlock()
 	if d.looking != nil {
-		d.looking(key)
+		d.looking(name)
 	}
 	return s, found, nil
 }
@@ -359,17 +369,17 @@ func (d *directory) Look(key artifact.Key) (cache.Stored, bool, error) {
 func (d *directory) set(s cache.Stored) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.files[s.Key] = s
+	d.files[s.Name()] = s
 }
 
-func (d *directory) remove(key artifact.Key) {
+func (d *directory) remove(name artifact.Name) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.files, key)
+	delete(d.files, name)
 }
 
 func directoryOf(all ...cache.Stored) *directory {
-	d := &directory{files: map[artifact.Key]cache.Stored{}}
+	d := &directory{files: map[artifact.Name]cache.Stored{}}
 	for _, s := range all {
 		d.set(s)
 	}
@@ -380,9 +390,9 @@ func directoryOf(all ...cache.Stored) *directory {
 func (r rig) agrees(t *testing.T, d *directory) {
 	t.Helper()
 	r.flush(t)
-	got := map[artifact.Key]cache.Stored{}
-	for key, e := range r.all(t) {
-		got[key] = e.Stored
+	got := map[artifact.Name]cache.Stored{}
+	for name, e := range r.all(t) {
+		got[name] = e.Stored
 	}
 	if !maps.Equal(got, d.files) {
 		t.Errorf("the index knows\n%+v, and the directory has\n%+v", got, d.files)
@@ -426,17 +436,17 @@ func TestReconcileBesideChanges(t *testing.T) {
 		t.Run(when, func(t *testing.T) {
 			r := open(t, t.TempDir())
 			d := directoryOf(goes, replaced)
-			change := func(key artifact.Key) {
+			change := func(name artifact.Name) {
 				switch {
-				case key == comes.Key && !r.has(d, comes):
+				case name == comes.Name() && !r.has(d, comes):
 					d.set(comes)
 					r.Stored(comes)
-				case key == goes.Key && r.has(d, goes):
-					d.remove(key)
-					r.Removed(key, goes.DiskSize)
-				case key == replaced.Key && !r.has(d, other):
-					d.remove(key)
-					r.Removed(key, replaced.DiskSize)
+				case name == goes.Name() && r.has(d, goes):
+					d.remove(name)
+					r.Removed(name, goes.DiskSize)
+				case name == replaced.Name() && !r.has(d, other):
+					d.remove(name)
+					r.Removed(name, replaced.DiskSize)
 					d.set(other)
 					r.Stored(other)
 				}
@@ -453,7 +463,7 @@ func TestReconcileBesideChanges(t *testing.T) {
 				d.walking = func(outer string) {
 					for _, s := range []cache.Stored{comes, goes, replaced} {
 						if strings.HasPrefix(s.Key.String(), outer) {
-							change(s.Key)
+							change(s.Name())
 						}
 					}
 				}
@@ -469,7 +479,7 @@ func TestReconcileBesideChanges(t *testing.T) {
 func (r rig) has(d *directory, s cache.Stored) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.files[s.Key] == s
+	return d.files[s.Name()] == s
 }
 
 // TestRun leaves the index to itself, after it was not closed.
@@ -574,7 +584,7 @@ func TestDamagedMeanwhile(t *testing.T) {
 	damagePages(t, filepath.Join(r.dir, index.FileName))
 	size := r.DiskSize()
 	for i := range 500 { // whatever page is needed
-		r.Hit(cachetest.Key(fmt.Sprint(i)))
+		r.Hit(cachetest.Key(fmt.Sprint(i)).In(artifact.DefaultScope))
 	}
 	r.flush(t)
 	if r.Complete() {
@@ -616,7 +626,7 @@ func TestUnwritable(t *testing.T) {
 	}
 	a := stored("a", "p", "t", 5, start)
 	r.Stored(a)
-	r.Hit(a.Key)
+	r.Hit(a.Name())
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := r.Flush(ctx); err == nil {
@@ -629,7 +639,7 @@ func TestUnwritable(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.flush(t)
-	if e := r.all(t)[a.Key]; e.Stored != a || e.Uses != 1 {
+	if e := r.all(t)[a.Name()]; e.Stored != a || e.Uses != 1 {
 		t.Errorf("there is %+v", e)
 	}
 }
@@ -715,21 +725,21 @@ func TestDoubts(t *testing.T) {
 	if _, err := r.Reconcile(t.Context(), d, nil); err != nil {
 		t.Fatal(err)
 	}
-	d.remove(gone.Key)
+	d.remove(gone.Name())
 	d.set(added)
-	r.Missed(gone.Key)
-	r.Missed(cachetest.Key("never stored"))
-	r.Hit(added.Key)
+	r.Missed(gone.Key, []artifact.Scope{cachetest.Scope("pr-7"), artifact.DefaultScope})
+	r.Missed(cachetest.Key("never stored"), []artifact.Scope{artifact.DefaultScope})
+	r.Hit(added.Name())
 
 	ctx, stop := context.WithCancel(t.Context())
 	ran := make(chan struct{})
-	looked := make(chan artifact.Key, 100)
-	d.looking = func(key artifact.Key) { looked <- key }
+	looked := make(chan artifact.Name, 100)
+	d.looking = func(name artifact.Name) { looked <- name }
 	go func() {
 		defer close(ran)
 		r.Run(ctx, d)
 	}()
-	left := map[artifact.Key]int{gone.Key: 2, added.Key: 2} // once for what it is, and once to tell
+	left := map[artifact.Name]int{gone.Name(): 2, added.Name(): 2} // once for what it is, and once to tell
 	for len(left) > 0 {
 		key := <-looked
 		if left[key]--; left[key] <= 0 {
@@ -751,15 +761,15 @@ func TestManyUses(t *testing.T) {
 	}
 	r.flush(t)
 	for i := range many {
-		r.Hit(cachetest.Key(fmt.Sprint(i)))
+		r.Hit(cachetest.Key(fmt.Sprint(i)).In(artifact.DefaultScope))
 	}
 	used := func() (n int) {
 		for e, err := range r.Candidates(t.Context(), index.Candidacy{}) { // which writes nothing
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n += int(e.Uses); (e.Uses > 0) == r.InUse(e.Key) {
-				t.Fatalf("%+v is written: %t", e, !r.InUse(e.Key))
+			if n += int(e.Uses); (e.Uses > 0) == r.InUse(e.Name()) {
+				t.Fatalf("%+v is written: %t", e, !r.InUse(e.Name()))
 			}
 		}
 		return n
@@ -792,7 +802,7 @@ func TestManyTasks(t *testing.T) {
 	for i := range many {
 		s := stored(fmt.Sprint(i), "p", fmt.Sprint("task ", i), 5, start)
 		r.Stored(s)
-		r.Removed(s.Key, s.DiskSize)
+		r.Removed(s.Name(), s.DiskSize)
 	}
 	r.flush(t)
 	stats := r.stats(t)

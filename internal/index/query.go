@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,7 +21,7 @@ import (
 // ErrInvalidCursor says that a cursor does not belong to what is asked.
 var ErrInvalidCursor = errors.New("the page token is not of this list")
 
-// Entry is what is known of a stored artifact.
+// Entry is what is known of a stored artifact, but for the digest of its manifest.
 type Entry struct {
 	cache.Stored
 	// UsedAt is when it was used last.
@@ -32,6 +34,8 @@ type Entry struct {
 
 // Filter matches artifacts. What is zero, or nil, matches any.
 type Filter struct {
+	// Scopes are those that they are in one of.
+	Scopes []artifact.Scope
 	// PackageName and TaskName are in full.
 	PackageName, TaskName string
 	// KeyPrefix is how the key begins: hexadecimal digits, lower-case.
@@ -46,7 +50,7 @@ type Filter struct {
 }
 
 // Empty says whether a filter matches everything.
-func (f Filter) Empty() bool { return f == Filter{} }
+func (f Filter) Empty() bool { return reflect.ValueOf(f).IsZero() }
 
 // condition is a part of a statement behind WHERE.
 type condition struct {
@@ -59,11 +63,57 @@ func (c *condition) and(term string, args ...any) {
 	c.args = append(c.args, args...)
 }
 
-func (c *condition) String() string { return strings.Join(c.terms, " AND ") }
+// allScopes selects the names of all scopes, as they stand in rows.
+const allScopes = "(SELECT '' UNION ALL SELECT name FROM scopes)"
+
+// scopes says that the rows of a table are of some scopes, unless these are nil, and of none of others. The default one
+// has most rows, so it is not what they are looked for by.
+func (c *condition) scopes(table string, in, notIn []artifact.Scope) {
+	if in != nil {
+		plus := ""
+		if slices.Contains(in, artifact.DefaultScope) {
+			plus = "+" // which keeps SQLite from using an index for it
+		}
+		c.and(fmt.Sprintf("%s%s.scope IN (SELECT value FROM json_each(?))", plus, table), scopeNames(in))
+	}
+	if len(notIn) > 0 {
+		c.and(fmt.Sprintf("%s.scope NOT IN (SELECT value FROM json_each(?))", table), scopeNames(notIn))
+	}
+}
+
+// scopeNames returns the names of scopes, as they stand in rows, in a JSON array.
+func scopeNames(scopes []artifact.Scope) string {
+	names := make([]string, len(scopes))
+	for i, scope := range scopes {
+		names[i], _ = columns(artifact.Name{Scope: scope})
+	}
+	text, err := json.Marshal(names)
+	if err != nil {
+		panic(err) // it has only what can be marshalled
+	}
+	return string(text)
+}
+
+// columns returns what stands for the name of an artifact in its row.
+func columns(name artifact.Name) (scope, key string) {
+	if name.Scope != artifact.DefaultScope {
+		scope = name.Scope.String()
+	}
+	return scope, name.Key.String()
+}
+
+func (c *condition) String() string {
+	if len(c.terms) == 0 {
+		return "TRUE"
+	}
+	return strings.Join(c.terms, " AND ")
+}
 
 func (f Filter) condition() *condition {
 	c := &condition{}
-	c.and("a.scope = ''")
+	if f.KeyPrefix == "" {
+		c.scopes("a", f.Scopes, nil)
+	}
 	// Tasks are few, so their artifacts are found by the index on them.
 	if f.PackageName != "" {
 		c.and("a.task_id IN (SELECT id FROM tasks WHERE package = ?)", f.PackageName)
@@ -73,6 +123,11 @@ func (f Filter) condition() *condition {
 	}
 	if f.KeyPrefix != "" {
 		c.and("a.key >= ? AND a.key < ?", f.KeyPrefix, f.KeyPrefix+"g") // which is behind the last digit
+		if f.Scopes != nil {
+			c.and("a.scope IN (SELECT value FROM json_each(?))", scopeNames(f.Scopes))
+		} else { // in each of which an index has the keys in their order
+			c.and("a.scope IN " + allScopes)
+		}
 	}
 	for _, bound := range []struct {
 		term string
@@ -102,7 +157,7 @@ const (
 	ByStoredAt Order = "stored_at"
 	ByUsedAt   Order = "used_at"
 	BySize     Order = "size"
-	ByKey      Order = "key"
+	ByKey      Order = "key" // by the scope before it, the default one first
 )
 
 // Query asks for a part of a list.
@@ -142,13 +197,14 @@ func (q Query) value(e Entry) any {
 	case BySize:
 		return e.Size
 	case ByKey:
-		return e.Key.String()
+		scope, key := columns(e.Name())
+		return scope + "/" + key
 	default:
 		return e.StoredAt.UnixNano()
 	}
 }
 
-const entryColumns = `a.id, a.key, a.hash, a.size, a.uncompressed_size, a.files, t.package, t.task, a.command, a.created_at, a.stored_at,
+const entryColumns = `a.id, a.scope, a.key, a.hash, a.size, a.uncompressed_size, a.files, t.package, t.task, a.command, a.created_at, a.stored_at,
 	a.used_at, a.uses, a.disk_size, a.pinned FROM artifacts a JOIN tasks t ON t.id = a.task_id`
 
 // freshen writes what was told so far, so that who did something sees it. If that can't be, what is known
@@ -175,15 +231,24 @@ func (x *Index) List(ctx context.Context, q Query) (entries []Entry, next string
 	}
 	x.freshen(ctx)
 	c := q.Filter.condition()
+	first, second := "a."+string(q.Order), "a.id"
+	if q.Order == ByKey {
+		first, second = "a.scope", "a.key"
+	}
 	if q.After != "" {
 		after, err := q.parse(q.After)
 		if err != nil {
 			return nil, "", err
 		}
-		c.and(fmt.Sprintf("(a.%s, a.id) %s (?, ?)", q.Order, beyond), after.Value, after.ID)
+		var last any = after.ID
+		if text, isText := after.Value.(string); isText {
+			scope, key, _ := strings.Cut(text, "/")
+			after.Value, last = scope, key
+		}
+		c.and(fmt.Sprintf("(%s, %s) %s (?, ?)", first, second, beyond), after.Value, last)
 	}
 	text := 0 // bytes
-	query := fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.%s %s, a.id %[4]s LIMIT ?", entryColumns, c, q.Order, direction)
+	query := fmt.Sprintf("SELECT %s WHERE %s ORDER BY %s %s, %s %[4]s LIMIT ?", entryColumns, c, first, direction, second)
 	for e, err := range x.entries(ctx, query, append(c.args, q.Limit+1)...) {
 		if err != nil {
 			return nil, "", err
@@ -248,15 +313,18 @@ func (x *Index) entries(ctx context.Context, query string, args ...any) iter.Seq
 
 func scanEntry(scan func(...any) error) (Entry, error) {
 	var e Entry
-	var key string
+	var scope, key string
 	var hash []byte
 	var created, stored, used int64
-	if err := scan(&e.id, &key, &hash, &e.Size, &e.UncompressedSize, &e.FileCount, &e.PackageName, &e.TaskName, &e.Command, &created,
+	if err := scan(&e.id, &scope, &key, &hash, &e.Size, &e.UncompressedSize, &e.FileCount, &e.PackageName, &e.TaskName, &e.Command, &created,
 		&stored, &used, &e.Uses, &e.DiskSize, &e.Pinned); err != nil {
 		return e, err
 	}
 	var err error
 	if e.Key, err = artifact.ParseKey(key); err != nil {
+		return e, err
+	}
+	if e.Scope, err = scopeOf(scope); err != nil {
 		return e, err
 	}
 	copy(e.Hash[:], hash)
@@ -265,6 +333,14 @@ func scanEntry(scan func(...any) error) (Entry, error) {
 	}
 	e.StoredAt, e.UsedAt = time.Unix(0, stored), time.Unix(0, used)
 	return e, nil
+}
+
+// scopeOf returns the scope that stands in a row.
+func scopeOf(name string) (artifact.Scope, error) {
+	if name == "" {
+		return artifact.DefaultScope, nil
+	}
+	return artifact.ParseScope(name)
 }
 
 // rows calls each with the rows that a query returns, until it returns false or an error. An error of the
@@ -312,11 +388,12 @@ type row struct {
 	verified bool
 }
 
-// files returns the rows of the keys that begin with prefix.
-func (x *Index) files(ctx context.Context, prefix string, rest *rest) (map[artifact.Key]row, error) {
+// files returns the rows of the keys in a scope that begin with prefix.
+func (x *Index) files(ctx context.Context, scope artifact.Scope, prefix string, rest *rest) (map[artifact.Key]row, error) {
 	found := map[artifact.Key]row{}
-	err := x.rows(ctx, "SELECT key, size, stored_at, disk_size, hash IS NOT NULL FROM artifacts WHERE scope = '' AND key >= ? AND key < ?",
-		[]any{prefix, prefix + "g"}, func(scan func(...any) error) (bool, error) {
+	name, _ := columns(artifact.Name{Scope: scope})
+	err := x.rows(ctx, "SELECT key, size, stored_at, disk_size, hash IS NOT NULL FROM artifacts WHERE scope = ? AND key >= ? AND key < ?",
+		[]any{name, prefix, prefix + "g"}, func(scan func(...any) error) (bool, error) {
 			var key string
 			var r row
 			if err := scan(&key, &r.file.Size, &r.file.StoredAt, &r.file.DiskSize, &r.verified); err != nil {
@@ -367,17 +444,42 @@ const firstCandidates, mostCandidates = 500, 50_000
 
 // Candidacy says which artifacts may be evicted. What is zero says nothing. Pinned ones are never among them.
 type Candidacy struct {
+	// Scopes are those that they are in one of, if it is not nil, and NotScopes those that they are in none of.
+	Scopes, NotScopes []artifact.Scope
 	// UsedBefore is later than their last use, UsedSince is not.
 	UsedBefore, UsedSince time.Time
-	// BeyondLast says that as many newer ones of their task are stored, or more; NotBeyondLast that they are
-	// not. What was not used since UsedSince does not count among the newer ones, unless it is pinned.
-	BeyondLast, NotBeyondLast int
+	// BeyondLast says that as many newer ones of their task are stored in the same scope, or more. What was not
+	// used since UsedSince does not count among the newer ones, unless it is pinned.
+	BeyondLast int
+	// Without are candidacies of which they have none.
+	Without []Candidacy
 }
 
-// beyondLast selects the ids of artifacts whose task has as many newer ones as are given. Only tasks that
-// have more are looked at. Of what was not verified yet nobody knows the task.
-const beyondLast = `(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY task_id ORDER BY stored_at DESC, id DESC) AS place
-	FROM artifacts WHERE hash IS NOT NULL AND (used_at >= ? OR pinned) AND task_id IN (SELECT id FROM tasks WHERE artifacts > ?)) WHERE place > ?)`
+// since is UsedSince as rows have it.
+func (q Candidacy) since() int64 {
+	if q.UsedSince.IsZero() {
+		return math.MinInt64
+	}
+	return q.UsedSince.UnixNano()
+}
+
+// beyondLast selects the ids of artifacts whose task has as many newer ones in the same scope as are given: a scope
+// can't push out what is in another. Only tasks that have more are looked at. Of what was not verified yet nobody knows
+// the task. In the default scope, where most are, they are in the order of an index.
+func (q Candidacy) beyondLast() *condition {
+	const query = `SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY %s ORDER BY stored_at DESC, id DESC) AS place
+		FROM artifacts o WHERE %s AND hash IS NOT NULL AND (used_at >= ? OR pinned) AND %s IN (SELECT id FROM tasks WHERE artifacts > ?)) WHERE place > ?`
+	args := []any{q.since(), q.BeyondLast, q.BeyondLast}
+	all := &condition{}
+	if (q.Scopes == nil || slices.Contains(q.Scopes, artifact.DefaultScope)) && !slices.Contains(q.NotScopes, artifact.DefaultScope) {
+		all.and(fmt.Sprintf(query, "task_id", "+o.scope = ''", "task_id"), args...)
+	}
+	others := &condition{}
+	others.and("o.scope > ''")
+	others.scopes("o", q.Scopes, q.NotScopes)
+	all.and(fmt.Sprintf(query, "scope, task_id", others, "+task_id"), append(others.args, args...)...)
+	return &condition{[]string{"a.id IN (" + strings.Join(all.terms, " UNION ALL ") + ")"}, all.args}
+}
 
 // Candidates returns artifacts that may be evicted. It reads them in parts, so whoever goes through them may
 // take long.
@@ -402,26 +504,32 @@ func (x *Index) Candidates(ctx context.Context, q Candidacy) Candidates {
 
 // candidates returns the next candidates behind the last one.
 func (x *Index) candidates(ctx context.Context, q Candidacy, last *Entry, limit int) Candidates {
-	c := &condition{}
+	c := q.condition()
 	c.and("a.pinned = 0")
-	if !q.UsedBefore.IsZero() {
-		c.and("a.used_at < ?", q.UsedBefore.UnixNano())
-	}
-	since := int64(math.MinInt64)
-	if !q.UsedSince.IsZero() {
-		since = q.UsedSince.UnixNano()
-		c.and("a.used_at >= ?", since)
-	}
-	if q.BeyondLast > 0 {
-		c.and("a.id IN "+beyondLast, since, q.BeyondLast, q.BeyondLast)
-	}
-	if q.NotBeyondLast > 0 {
-		c.and("a.id NOT IN "+beyondLast, since, q.NotBeyondLast, q.NotBeyondLast)
-	}
 	if last != nil {
 		c.and("(a.used_at, a.id) > (?, ?)", last.UsedAt.UnixNano(), last.id)
 	}
 	return x.entries(ctx, fmt.Sprintf("SELECT %s WHERE %s ORDER BY a.used_at, a.id LIMIT ?", entryColumns, c), append(c.args, limit)...)
+}
+
+func (q Candidacy) condition() *condition {
+	c := &condition{}
+	c.scopes("a", q.Scopes, q.NotScopes)
+	if !q.UsedBefore.IsZero() {
+		c.and("a.used_at < ?", q.UsedBefore.UnixNano())
+	}
+	if !q.UsedSince.IsZero() {
+		c.and("a.used_at >= ?", q.since())
+	}
+	if q.BeyondLast > 0 {
+		beyond := q.beyondLast()
+		c.and(beyond.String(), beyond.args...)
+	}
+	for _, other := range q.Without {
+		without := other.condition()
+		c.and("NOT ("+without.String()+")", without.args...)
+	}
+	return c
 }
 
 // CorrectUses makes what was used later than now used now. A clock that was wrong said so, or a file's time
@@ -435,6 +543,43 @@ func (x *Index) CorrectUses(ctx context.Context) error {
 	now := time.Now().UnixNano()
 	_, err := x.writer.ExecContext(ctx, "UPDATE artifacts SET used_at = ? WHERE used_at > ?", now, now)
 	return err
+}
+
+// Copies returns what is known of the artifacts of a key, in all scopes that have one.
+func (x *Index) Copies(ctx context.Context, key artifact.Key) (copies []Entry, err error) {
+	x.freshen(ctx)
+	for e, err := range x.entries(ctx, "SELECT "+entryColumns+" WHERE a.scope IN "+allScopes+" AND a.key = ? ORDER BY a.scope", key.String()) {
+		if err != nil {
+			return nil, err
+		}
+		copies = append(copies, e)
+	}
+	return copies, nil
+}
+
+// ScopeSums are about the artifacts of a scope.
+type ScopeSums struct {
+	Scope artifact.Scope
+	// Artifacts is how many there are, of Size bytes, which take DiskSize bytes on the disk.
+	Artifacts, Size, DiskSize int64
+}
+
+// Scopes returns the scopes that have artifacts in ascending order, and the default one before them.
+func (x *Index) Scopes(ctx context.Context) (all []ScopeSums, err error) {
+	x.freshen(ctx)
+	err = x.rows(ctx, `SELECT '', artifacts - (SELECT ifnull(sum(artifacts), 0) FROM scopes), size - (SELECT ifnull(sum(size), 0) FROM scopes),
+			disk_size - (SELECT ifnull(sum(disk_size), 0) FROM scopes) FROM state
+		UNION ALL SELECT * FROM scopes ORDER BY 1`, nil, func(scan func(...any) error) (bool, error) {
+		var name string
+		var s ScopeSums
+		err := scan(&name, &s.Artifacts, &s.Size, &s.DiskSize)
+		if err == nil {
+			s.Scope, err = scopeOf(name)
+		}
+		all = append(all, s)
+		return true, err
+	})
+	return all, err
 }
 
 // Stats are what GetStats returns.

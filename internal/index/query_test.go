@@ -35,7 +35,7 @@ func TestCandidates(t *testing.T) {
 		{"used lately", index.Candidacy{UsedSince: start.Add(3 * time.Hour)}, "def"},
 		{"beyond the last one", index.Candidacy{BeyondLast: 1}, "acd"},
 		{"beyond the last two, where the pinned one counts", index.Candidacy{BeyondLast: 2}, "a"},
-		{"not beyond the last two", index.Candidacy{NotBeyondLast: 2}, "cdef"},
+		{"not beyond the last two", index.Candidacy{Without: []index.Candidacy{{BeyondLast: 2}}}, "cdef"},
 		{"beyond three of three", index.Candidacy{BeyondLast: 3}, ""},
 	} {
 		got := r.candidates(t, test.of, names...)
@@ -55,7 +55,7 @@ func TestCandidatesOfNewer(t *testing.T) {
 		r.Stored(s)
 	}
 	for _, name := range names[:2] {
-		r.Used(cachetest.Key(name))
+		r.Used(cachetest.Key(name).In(artifact.DefaultScope))
 	}
 	r.flush(t)
 	since := index.Candidacy{UsedSince: start.Add(24 * time.Hour), BeyondLast: 1} // d was not, but c is pinned
@@ -66,8 +66,8 @@ func TestCandidatesOfNewer(t *testing.T) {
 	if got := r.candidates(t, since, names...); got != "a" {
 		t.Errorf("beyond the last two are %q", got)
 	}
-	since.BeyondLast, since.NotBeyondLast = 0, 2
-	if got := r.candidates(t, since, names...); got != "b" {
+	without := index.Candidacy{UsedSince: since.UsedSince, Without: []index.Candidacy{since}}
+	if got := r.candidates(t, without, names...); got != "b" {
 		t.Errorf("not beyond the last two are %q", got)
 	}
 }
@@ -110,7 +110,7 @@ func TestManyCandidates(t *testing.T) {
 		}
 		last = e.UsedAt
 		delete(want, e.Key)
-		r.Removed(e.Key, e.DiskSize)
+		r.Removed(e.Name(), e.DiskSize)
 	}
 	if len(want) > 0 {
 		t.Errorf("%d of %d are missing", len(want), n)
@@ -129,10 +129,10 @@ func TestCorrectUses(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := r.all(t)
-	if e := all[cachetest.Key("future")]; e.UsedAt.Before(before) || e.UsedAt.After(time.Now()) || !e.StoredAt.Equal(future) {
+	if e := all[cachetest.Key("future").In(artifact.DefaultScope)]; e.UsedAt.Before(before) || e.UsedAt.After(time.Now()) || !e.StoredAt.Equal(future) {
 		t.Errorf("there is %+v", e)
 	}
-	if e := all[cachetest.Key("past")]; !e.UsedAt.Equal(start) {
+	if e := all[cachetest.Key("past").In(artifact.DefaultScope)]; !e.UsedAt.Equal(start) {
 		t.Errorf("there is %+v", e)
 	}
 }
@@ -194,11 +194,11 @@ func TestToldAgain(t *testing.T) {
 	r.SetLimits(5, 1000, 1000)
 	a := stored("a", "p", "t", 5, start)
 	for range 2 {
-		r.Missed(a.Key)
+		r.Missed(a.Key, []artifact.Scope{artifact.DefaultScope})
 		r.Stored(a)
-		r.Hit(a.Key)
-		r.Removed(a.Key, a.DiskSize) // with which the uses go that nobody wrote
-		if r.InUse(a.Key) {
+		r.Hit(a.Name())
+		r.Removed(a.Name(), a.DiskSize) // with which the uses go that nobody wrote
+		if r.InUse(a.Name()) {
 			t.Error("what was removed is in use")
 		}
 		r.Stored(a)
@@ -210,15 +210,15 @@ func TestToldAgain(t *testing.T) {
 	// There are bounds for what was told.
 	inUse := 0
 	for i := range 20 {
-		r.Used(cachetest.Key(fmt.Sprint(i)))
+		r.Used(cachetest.Key(fmt.Sprint(i)).In(artifact.DefaultScope))
 	}
 	for i := range 20 {
-		if r.InUse(cachetest.Key(fmt.Sprint(i))) {
+		if r.InUse(cachetest.Key(fmt.Sprint(i)).In(artifact.DefaultScope)) {
 			inUse++
 		}
 	}
 	for i := range 3000 {
-		r.Missed(cachetest.Key(fmt.Sprint(i)))
+		r.Missed(cachetest.Key(fmt.Sprint(i)), []artifact.Scope{artifact.DefaultScope})
 	}
 	if inUse != 5 || r.Doubts() != 1000 {
 		t.Errorf("%d uses and %d doubts are kept", inUse, r.Doubts())
@@ -243,7 +243,7 @@ func TestRemovedMeanwhile(t *testing.T) {
 		t.Fatal(err)
 	}
 	r = open(t, r.dir)
-	if all := r.all(t); len(all) != 1 || all[b.Key].Stored != b {
+	if all := r.all(t); len(all) != 1 || all[b.Name()].Stored != b {
 		t.Errorf("after a restart there is %+v", all)
 	}
 }

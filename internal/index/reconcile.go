@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -15,12 +17,14 @@ import (
 
 // Source is the store that an index is about.
 type Source interface {
-	// Walk calls visit for the artifacts whose keys begin with the two digits outer, some at a time. If some
-	// can't be read it goes on, and returns an error in the end.
-	Walk(outer string, visit func([]cache.File) error) error
+	// Scopes returns the scopes that have artifacts, the default one among them in any case.
+	Scopes() ([]artifact.Scope, error)
+	// Walk calls visit for the artifacts of a scope whose keys begin with the two digits outer, or for all if it is
+	// empty, some at a time. If some can't be read it goes on, and returns an error in the end.
+	Walk(scope artifact.Scope, outer string, visit func([]cache.File) error) error
 	// Look returns what is known of an artifact without reading it, and false if none is stored. An error
 	// says that nobody can tell.
-	Look(key artifact.Key) (stored cache.Stored, found bool, err error)
+	Look(name artifact.Name) (stored cache.Stored, found bool, err error)
 }
 
 const (
@@ -35,6 +39,9 @@ const (
 	// firstPause is how long a reconciliation that failed waits for the next one: what it met may be of a moment, as
 	// when the storage is exchanged for another. retryPause is how long it waits from then on.
 	firstPause, retryPause = time.Second, time.Minute
+	// wholeScope is the most rows of a scope that are read at once, and so compared with what is stored in one step. Most
+	// scopes have far less than the default one.
+	wholeScope = 10_000
 )
 
 func (x *Index) reconcileWhenLost(ctx context.Context, source Source) {
@@ -72,7 +79,8 @@ func (x *Index) reconcileWhenLost(ctx context.Context, source Source) {
 
 // Reconcile makes the index know what is stored, and nothing else, and returns how many artifacts it was
 // wrong about. It goes through everything, beside whatever happens meanwhile; progress, which may be nil, is
-// told after each of 256 steps. It rests in between unless progress is given, since then somebody waits.
+// told after each step, of which there are 256 and one for each scope but the default one. It rests in between
+// unless progress is given, since then somebody waits.
 func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done, of int)) (changed int64, err error) {
 	// In a goroutine of its own nothing else keeps a panic from ending the process.
 	defer func() {
@@ -86,16 +94,26 @@ func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done
 		r = newRest(ctx)
 	}
 	var unread error // which does not keep the rest from being read
+	others, err := x.otherScopes(ctx, source)
+	if errors.Is(err, ErrUnavailable) {
+		return 0, err
+	}
+	unread = err
 	const outers = 1 << 8
-	for i := range outers {
-		n, err := x.reconcileOuter(ctx, source, fmt.Sprintf("%02x", i), r)
+	for i := range outers + len(others) {
+		var n int64
+		if i < outers {
+			n, err = x.reconcileOuter(ctx, source, artifact.DefaultScope, fmt.Sprintf("%02x", i), r)
+		} else {
+			n, err = x.reconcileScope(ctx, source, others[i-outers], r)
+		}
 		changed += n
 		if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
 			return changed, err
 		}
 		unread = errors.Join(unread, err)
 		if progress != nil {
-			progress(i+1, outers)
+			progress(i+1, outers+len(others))
 		}
 	}
 	if err := x.Flush(ctx); err != nil {
@@ -126,24 +144,65 @@ func (x *Index) Reconcile(ctx context.Context, source Source, progress func(done
 	return changed, nil
 }
 
-// reconcileOuter reconciles the rows of keys whose first two digits are outer. The rows are read before the
-// files: what is stored or removed since, the index is told.
-func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string, rest *rest) (changed int64, err error) {
+// otherScopes returns the scopes but the default one that there are, or that the index knows.
+func (x *Index) otherScopes(ctx context.Context, source Source) ([]artifact.Scope, error) {
+	known, err := x.Scopes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := map[artifact.Scope]bool{}
+	for _, s := range known {
+		all[s.Scope] = true
+	}
+	scopes, err := source.Scopes()
+	for _, scope := range scopes {
+		all[scope] = true
+	}
+	delete(all, artifact.DefaultScope)
+	return slices.Collect(maps.Keys(all)), err
+}
+
+// reconcileScope reconciles the rows of another scope than the default one.
+func (x *Index) reconcileScope(ctx context.Context, source Source, scope artifact.Scope, rest *rest) (changed int64, err error) {
+	var rows int64
+	name, _ := columns(artifact.Name{Scope: scope})
+	if err := x.rows(ctx, "SELECT artifacts FROM scopes WHERE name = ?", []any{name}, func(scan func(...any) error) (bool, error) {
+		return true, scan(&rows)
+	}); err != nil {
+		return 0, err
+	}
+	if rows <= wholeScope {
+		return x.reconcileOuter(ctx, source, scope, "", rest)
+	}
+	for i := range 1 << 8 {
+		n, failed := x.reconcileOuter(ctx, source, scope, fmt.Sprintf("%02x", i), rest)
+		changed += n
+		err = errors.Join(err, failed)
+		if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
+			break
+		}
+	}
+	return changed, err
+}
+
+// reconcileOuter reconciles the rows of keys whose first two digits are outer, or of all if it is empty. The rows are
+// read before the files: what is stored or removed since, the index is told.
+func (x *Index) reconcileOuter(ctx context.Context, source Source, scope artifact.Scope, outer string, rest *rest) (changed int64, err error) {
 	if err := x.flush(ctx, rest); err != nil {
 		return 0, err
 	}
-	rows, err := x.files(ctx, outer, rest)
+	rows, err := x.files(ctx, scope, outer, rest)
 	if err != nil {
 		return 0, err
 	}
-	err = source.Walk(outer, func(files []cache.File) error {
+	err = source.Walk(scope, outer, func(files []cache.File) error {
 		for _, file := range files {
 			row, known := rows[file.Key]
 			delete(rows, file.Key)
 			if known && row.verified && row.file == file {
 				continue
 			}
-			was, err := x.Recheck(source, file.Key)
+			was, err := x.Recheck(source, file.Key.In(scope))
 			if err != nil {
 				return err
 			}
@@ -157,7 +216,7 @@ func (x *Index) reconcileOuter(ctx context.Context, source Source, outer string,
 		return rest.after(len(files))
 	})
 	for key := range rows {
-		if _, looked := x.Recheck(source, key); looked != nil {
+		if _, looked := x.Recheck(source, key.In(scope)); looked != nil {
 			err = errors.Join(err, looked)
 			continue
 		}
@@ -182,16 +241,16 @@ func (x *Index) flushIfFull(ctx context.Context, rest *rest) error {
 
 // Recheck tells the index how an artifact is now, and returns that. If the index was told something else while
 // it looked, that may be newer than what was seen or older, so it looks again.
-func (x *Index) Recheck(source Source, key artifact.Key) (cache.Stored, error) {
+func (x *Index) Recheck(source Source, name artifact.Name) (cache.Stored, error) {
 	for {
 		x.mu.Lock()
 		changes := x.changes
 		x.mu.Unlock()
-		stored, found, err := source.Look(key)
+		stored, found, err := source.Look(name)
 		if err != nil {
 			return stored, err
 		}
-		if x.see(key, stored, found, changes) {
+		if x.see(name, stored, found, changes) {
 			return stored, nil
 		}
 	}
@@ -199,7 +258,7 @@ func (x *Index) Recheck(source Source, key artifact.Key) (cache.Stored, error) {
 
 // see is told how an artifact was when the index had been told a number of changes. It returns false, and does
 // nothing, if it has been told more since.
-func (x *Index) see(key artifact.Key, stored cache.Stored, found bool, changes uint64) bool {
+func (x *Index) see(name artifact.Name, stored cache.Stored, found bool, changes uint64) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	switch {
@@ -208,7 +267,7 @@ func (x *Index) see(key artifact.Key, stored cache.Stored, found bool, changes u
 	case found:
 		x.add(change{kind: changeFound, stored: stored})
 	default:
-		x.remove(key)
+		x.remove(name)
 	}
 	return true
 }

@@ -9,8 +9,7 @@ import (
 // migrations make each version of the schema from the one before it. Those that were released never
 // change: a new version is a new entry. PRAGMA user_version is how many a database has been through.
 var migrations = []string{
-	// Triggers keep the sums, of tasks and of all, so that no statement can forget to. A scope is a store within the
-	// store; there is one so far, without a name.
+	// Triggers keep the sums, of tasks and of all, so that no statement can forget to. The default scope is ''.
 	`
 CREATE TABLE state (
 	complete          INTEGER NOT NULL, -- every stored artifact has a row, as far as anybody knows
@@ -88,6 +87,27 @@ CREATE TRIGGER artifacts_updated AFTER UPDATE OF task_id, size, uncompressed_siz
 		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size WHERE id = new.task_id;
 	UPDATE state SET artifacts = artifacts + 1, size = size + new.size,
 		uncompressed_size = uncompressed_size + new.uncompressed_size, disk_size = disk_size + new.disk_size;
+END;
+`,
+	// The sums of scopes, too. Of the default one, where most artifacts are, they are what is left of all.
+	`
+CREATE TABLE scopes (
+	name      TEXT PRIMARY KEY,
+	artifacts INTEGER NOT NULL,
+	size      INTEGER NOT NULL,
+	disk_size INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TRIGGER scoped_inserted AFTER INSERT ON artifacts WHEN new.scope <> '' BEGIN
+	INSERT INTO scopes VALUES (new.scope, 1, new.size, new.disk_size)
+		ON CONFLICT (name) DO UPDATE SET artifacts = artifacts + 1, size = size + excluded.size, disk_size = disk_size + excluded.disk_size;
+END;
+CREATE TRIGGER scoped_deleted AFTER DELETE ON artifacts WHEN old.scope <> '' BEGIN
+	UPDATE scopes SET artifacts = artifacts - 1, size = size - old.size, disk_size = disk_size - old.disk_size WHERE name = old.scope;
+	DELETE FROM scopes WHERE name = old.scope AND artifacts = 0;
+END;
+CREATE TRIGGER scoped_updated AFTER UPDATE OF size, disk_size ON artifacts WHEN new.scope <> '' BEGIN
+	UPDATE scopes SET size = size - old.size + new.size, disk_size = disk_size - old.disk_size + new.disk_size WHERE name = new.scope;
 END;
 `,
 }

@@ -15,8 +15,8 @@ var _ cache.Observer = (*Index)(nil)
 func (x *Index) Stored(stored cache.Stored) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	misses, _ := x.misses.Peek(stored.Key)
-	x.misses.Remove(stored.Key)
+	misses, _ := x.misses.Peek(stored.Name())
+	x.misses.Remove(stored.Name())
 	x.count(Usage{Stored: 1})
 	x.more += stored.DiskSize
 	x.add(change{kind: changeStored, stored: stored, misses: misses})
@@ -30,24 +30,24 @@ func (x *Index) Found(stored cache.Stored) {
 }
 
 // Pinned implements cache.Observer.
-func (x *Index) Pinned(key artifact.Key, pinned bool) {
+func (x *Index) Pinned(name artifact.Name, pinned bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.add(change{kind: changePinned, stored: cache.Stored{Info: artifact.Info{Key: key}, Pinned: pinned}})
+	x.add(change{kind: changePinned, stored: cache.Stored{Info: infoOf(name), Pinned: pinned}})
 }
 
 // Removed implements cache.Observer.
-func (x *Index) Removed(key artifact.Key, diskSize int64) {
+func (x *Index) Removed(name artifact.Name, diskSize int64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.more -= diskSize
-	x.remove(key)
+	x.remove(name)
 }
 
 // remove adds that an artifact is gone. x.mu is held.
-func (x *Index) remove(key artifact.Key) {
-	delete(x.uses, key)
-	x.add(change{kind: changeRemoved, stored: cache.Stored{Info: artifact.Info{Key: key}}})
+func (x *Index) remove(name artifact.Name) {
+	delete(x.uses, name)
+	x.add(change{kind: changeRemoved, stored: cache.Stored{Info: infoOf(name)}})
 }
 
 // Evicted counts an artifact that the retention policy removed, which took diskSize bytes. That it was
@@ -61,53 +61,61 @@ func (x *Index) Evicted(e Entry, diskSize int64) {
 }
 
 // Hit implements cache.Observer.
-func (x *Index) Hit(key artifact.Key) {
+func (x *Index) Hit(name artifact.Name) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.count(Usage{Hits: 1})
-	x.used(key, 1)
+	x.used(name, 1)
 }
 
 // Used implements cache.Observer.
-func (x *Index) Used(key artifact.Key) {
+func (x *Index) Used(name artifact.Name) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.used(key, 0)
+	x.used(name, 0)
 }
 
-// Missed implements cache.Observer.
-func (x *Index) Missed(key artifact.Key) {
+// Missed implements cache.Observer. The miss is of the task whose artifact is uploaded to the first scope then.
+func (x *Index) Missed(key artifact.Key, scopes []artifact.Scope) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.count(Usage{Misses: 1})
-	n, _ := x.misses.Get(key)
-	x.misses.Add(key, n+1)
-	x.doubt(key)
-}
-
-// doubt has a key looked up that the index may be wrong about. x.mu is held.
-func (x *Index) doubt(key artifact.Key) {
-	if len(x.doubts) < maxDoubts {
-		x.doubts[key] = true
+	missed := key.In(scopes[0])
+	n, _ := x.misses.Get(missed)
+	x.misses.Add(missed, n+1)
+	for _, scope := range scopes {
+		x.doubt(key.In(scope))
 	}
 }
 
+// doubt has an artifact looked up that the index may be wrong about. x.mu is held.
+func (x *Index) doubt(name artifact.Name) {
+	if len(x.doubts) < maxDoubts {
+		x.doubts[name] = true
+	}
+}
+
+// infoOf returns that nothing is known of an artifact but its name.
+func infoOf(name artifact.Name) artifact.Info {
+	return artifact.Info{Scope: name.Scope, Key: name.Key}
+}
+
 // InUse says whether an artifact was used later than the index has written.
-func (x *Index) InUse(key artifact.Key) bool {
+func (x *Index) InUse(name artifact.Name) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.uses[key] != nil
+	return x.uses[name] != nil
 }
 
 // used notes a use. x.mu is held.
-func (x *Index) used(key artifact.Key, hits int64) {
-	u := x.uses[key]
+func (x *Index) used(name artifact.Name, hits int64) {
+	u := x.uses[name]
 	if u == nil {
 		if len(x.uses) >= x.maxPending {
 			return
 		}
 		u = &use{}
-		x.uses[key] = u
+		x.uses[name] = u
 	}
 	u.at = time.Now().UnixNano()
 	u.hits += hits

@@ -30,10 +30,10 @@ import (
 func TestManyUnremovable(t *testing.T) {
 	r := newRig(t, retention.Policy{})
 	const n = 520
-	stuck := stuckNames{r.store, map[artifact.Key]bool{}}
+	stuck := stuckNames{r.store, map[artifact.Name]bool{}}
 	for i := range n {
 		r.mustPut(t, fmt.Sprint(i), "build", 100)
-		stuck.names[cachetest.Key(fmt.Sprint(i))] = true
+		stuck.names[cachetest.Key(fmt.Sprint(i)).In(artifact.DefaultScope)] = true
 	}
 	r.mustPut(t, "other", "build", 100)
 	var log bytes.Buffer
@@ -54,14 +54,14 @@ func TestManyUnremovable(t *testing.T) {
 // stuckNames can't remove some artifacts.
 type stuckNames struct {
 	*disk.Store
-	names map[artifact.Key]bool
+	names map[artifact.Name]bool
 }
 
-func (s stuckNames) Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (int64, error) {
-	if s.names[key] {
+func (s stuckNames) Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (int64, error) {
+	if s.names[name] {
 		return 0, errStuck
 	}
-	return s.Store.Evict(ctx, key, storedAt)
+	return s.Store.Evict(ctx, name, storedAt)
 }
 
 // TestUnwritableIndex evicts by an index that can't be written any more, and so has rows of all that is gone.
@@ -115,7 +115,7 @@ func TestPlanOfBoth(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range names[:4] { // of e, which was stored last, nobody made use since
-		r.index.Used(cachetest.Key(name))
+		r.index.Used(cachetest.Key(name).In(artifact.DefaultScope))
 	}
 	if err := r.index.Flush(t.Context()); err != nil {
 		t.Fatal(err)
@@ -142,8 +142,8 @@ func TestFuture(t *testing.T) {
 	if got := r.collect(t, retention.Policy{MinFree: 1}); got != "" { // which is when it is noticed
 		t.Errorf("removed: %s", got)
 	}
-	r.index.Hit(cachetest.Key("b"))
-	r.index.Hit(cachetest.Key("c"))
+	r.index.Hit(cachetest.Key("b").In(artifact.DefaultScope))
+	r.index.Hit(cachetest.Key("c").In(artifact.DefaultScope))
 	if err := r.index.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}

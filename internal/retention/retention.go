@@ -6,6 +6,9 @@
 // artifacts; then, until everything fits, what is in quarantine, and what was not used the longest. Pinned
 // artifacts are never removed.
 //
+// A scope may have a MaxAge and a KeepLast of its own, which hold besides those of all: the stricter of the two counts.
+// Newer artifacts of a task count only in their own scope. What must fit is everything together, whatever scope it is in.
+//
 // Room is made before it is needed: when less than a hundredth of what everything here may take is left,
 // artifacts are evicted until it is a fiftieth, so that uploads find room without waiting. Only one that needs
 // more at once waits, until that much is evicted. Downloads that have begun keep their artifact until they end.
@@ -20,6 +23,7 @@ import (
 	"math"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -60,12 +64,106 @@ type Policy struct {
 	KeepLast int
 	// QuarantineMaxAge is how long files are kept in quarantine.
 	QuarantineMaxAge time.Duration
+	// Scopes are the policies of scopes. Of those that match a scope, the one that names it counts, or else the one with
+	// the longest pattern; none that matches is as one without limits.
+	Scopes []ScopePolicy
+}
+
+// ScopePolicy says what is kept in some scopes. What is zero has no limit of its own.
+type ScopePolicy struct {
+	// Pattern is the name of a scope, or with a * at its end the beginning of names.
+	Pattern string
+	// MaxAge and KeepLast are as in Policy.
+	MaxAge   time.Duration
+	KeepLast int
+}
+
+// CheckPattern returns an error that says what is wrong with a ScopePolicy.Pattern, if no scope can match it.
+func CheckPattern(pattern string) error {
+	name := pattern
+	if prefix, wild := strings.CutSuffix(pattern, "*"); wild {
+		name = prefix + "x" // as a scope with the shortest name may be called, but for the * itself
+	}
+	if _, err := artifact.ParseScope(name); err != nil {
+		return fmt.Errorf("%q is neither the name of a scope nor the beginning of names with a * behind it: %w", pattern, err)
+	}
+	return nil
+}
+
+// rank says how closely a policy matches a scope: more is closer, and -1 not at all.
+func (p ScopePolicy) rank(scope artifact.Scope) int {
+	name := scope.String()
+	prefix, wild := strings.CutSuffix(p.Pattern, "*")
+	switch {
+	case p.Pattern == name:
+		return math.MaxInt
+	case wild && strings.HasPrefix(name, prefix):
+		return len(prefix)
+	}
+	return -1
+}
+
+// group is some scopes and what is kept in them.
+type group struct {
+	scopes, notScopes []artifact.Scope // as in index.Candidacy
+	maxAge            time.Duration
+	keepLast          int
+}
+
+// stricter returns the smaller of two limits, of which 0 is none.
+func stricter[T cmp.Ordered](a, b T) T {
+	var none T
+	if a == none || b != none && b < a {
+		return b
+	}
+	return a
+}
+
+// groups returns the scopes that there are, in groups of those whose artifacts are kept in the same way. The last one is
+// that of all scopes without a policy of their own, also of those that are to come.
+func (p Policy) groups(scopes []index.ScopeSums) []group {
+	all := group{maxAge: p.MaxAge, keepLast: p.KeepLast}
+	groups := make([]group, len(p.Scopes))
+	for i, own := range p.Scopes {
+		groups[i] = group{maxAge: stricter(p.MaxAge, own.MaxAge), keepLast: stricter(p.KeepLast, own.KeepLast)}
+	}
+	for _, s := range scopes {
+		closest, rank := -1, -1
+		for i, own := range p.Scopes {
+			if r := own.rank(s.Scope); r > rank {
+				closest, rank = i, r
+			}
+		}
+		if closest >= 0 && (groups[closest].maxAge != all.maxAge || groups[closest].keepLast != all.keepLast) {
+			groups[closest].scopes = append(groups[closest].scopes, s.Scope)
+			all.notScopes = append(all.notScopes, s.Scope)
+		}
+	}
+	groups = slices.DeleteFunc(groups, func(g group) bool { return len(g.scopes) == 0 })
+	return append(groups, all)
+}
+
+// beyond returns which artifacts of the group are too old at a time, and which are beyond the last ones of their task;
+// each is nil if that has no limit. What is too old does not count among the last ones.
+func (g group) beyond(now time.Time) (old, last *index.Candidacy) {
+	both := index.Candidacy{Scopes: g.scopes, NotScopes: g.notScopes}
+	var since time.Time
+	if g.maxAge > 0 {
+		since = now.Add(-g.maxAge)
+		old = new(both)
+		old.UsedBefore = since
+	}
+	if g.keepLast > 0 {
+		last = new(both)
+		last.BeyondLast, last.UsedSince = g.keepLast, since
+	}
+	return old, last
 }
 
 // Store is what artifacts are removed from.
 type Store interface {
 	index.Source
-	Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error)
+	Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (diskSize int64, err error)
 	Usage() (disk.Usage, error)
 	Measure()
 	Quarantined() ([]disk.Quarantined, error)
@@ -299,12 +397,12 @@ func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Poli
 		is, reason := policy.room(usage)
 		return room - is, reason, err
 	}, func(e index.Entry, reason Reason) (removed bool, err error) {
-		if c.index.InUse(e.Key) {
+		if c.index.InUse(e.Name()) {
 			return false, nil
 		}
-		size, err := c.store.Evict(ctx, e.Key, e.StoredAt)
+		size, err := c.store.Evict(ctx, e.Name(), e.StoredAt)
 		if errors.Is(err, cache.ErrNotFound) { // which the index did not know
-			if _, err = c.index.Recheck(c.store, e.Key); err == nil {
+			if _, err = c.index.Recheck(c.store, e.Name()); err == nil {
 				return false, nil
 			}
 		}
@@ -396,21 +494,26 @@ func (c *Collector) each(ctx context.Context, policy Policy, limit int, planned 
 		return nil
 	}
 	rest := index.Candidacy{}
-	if policy.MaxAge > 0 {
-		old := index.Candidacy{UsedBefore: time.Now().Add(-policy.MaxAge)}
-		if err := all(old, MaxAge); err != nil || removed >= limit {
-			return some, err
-		}
-		rest.UsedSince = old.UsedBefore
+	groups, err := c.groups(ctx, policy)
+	if err != nil {
+		return enough, err
 	}
-	if policy.KeepLast > 0 {
-		beyond := rest
-		beyond.BeyondLast = policy.KeepLast
-		if err := all(beyond, KeepLast); err != nil || removed >= limit {
-			return some, err
+	now := time.Now()
+	for _, g := range groups {
+		old, last := g.beyond(now)
+		if old != nil {
+			if err := all(*old, MaxAge); err != nil || removed >= limit {
+				return some, err
+			}
+			rest.Without = append(rest.Without, *old)
 		}
-		if planned {
-			rest.NotBeyondLast = policy.KeepLast
+		if last != nil {
+			if err := all(*last, KeepLast); err != nil || removed >= limit {
+				return some, err
+			}
+			if planned {
+				rest.Without = append(rest.Without, *last)
+			}
 		}
 	}
 	lack, reason, err := lacking()
@@ -436,6 +539,15 @@ func (c *Collector) each(ctx context.Context, policy Policy, limit int, planned 
 		}
 	}
 	return nothing, nil
+}
+
+// groups returns the groups of scopes of a policy.
+func (c *Collector) groups(ctx context.Context, policy Policy) ([]group, error) {
+	if len(policy.Scopes) == 0 {
+		return policy.groups(nil), nil
+	}
+	scopes, err := c.index.Scopes(ctx)
+	return policy.groups(scopes), err
 }
 
 // summary sums removals up.

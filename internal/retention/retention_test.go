@@ -52,9 +52,13 @@ func newRig(t *testing.T, policy retention.Policy) rig {
 
 // put stores an artifact of a task, of about size bytes.
 func (r rig) put(ctx context.Context, name, taskName string, size int) error {
+	return put(ctx, r.store, name, taskName, size)
+}
+
+func put(ctx context.Context, store cache.Store, name, taskName string, size int) error {
 	key := cachetest.Key(name)
 	content := cachetest.Random(key, size)
-	upload, err := r.store.Create(ctx, key, int64(len(content)))
+	upload, err := store.Create(ctx, key, int64(len(content)))
 	if err != nil {
 		return err
 	}
@@ -113,7 +117,7 @@ func (r rig) backdate(t *testing.T, name string, by time.Duration) {
 	if err := os.Chtimes(filepath.Join(r.dir, digits[:2], digits[2:4], digits+".zst"), time.Time{}, at); err != nil {
 		t.Fatal(err)
 	}
-	r.index.Removed(key, 0)
+	r.index.Removed(key.In(artifact.DefaultScope), 0)
 	r.index.Stored(cache.Stored{Info: artifact.Info{
 		Key: key, Hash: artifact.Digest{1}, Size: 100, Metadata: artifact.Metadata{PackageName: "p", TaskName: "old"}, StoredAt: at,
 	}, DiskSize: 8192})
@@ -156,7 +160,7 @@ func TestPolicies(t *testing.T) {
 		{"age of what was used", retention.Policy{MaxAge: time.Hour}, func(t *testing.T, r rig) {
 			r.backdate(t, "b", 2*time.Hour)
 			r.backdate(t, "c", 2*time.Hour)
-			r.index.Used(cachetest.Key("c"))
+			r.index.Used(cachetest.Key("c").In(artifact.DefaultScope))
 		}, "1 of old for max-age", "a c d e"},
 		{"the last ones", retention.Policy{KeepLast: 2}, nil, "3 of build for keep-last", "d e"},
 		{"age, then the last ones", retention.Policy{MaxAge: time.Hour, KeepLast: 3}, func(t *testing.T, r rig) {
@@ -210,7 +214,7 @@ func TestLeastRecentlyUsed(t *testing.T) {
 	for _, name := range []string{"a", "b", "c", "d"} {
 		r.mustPut(t, name, "build", 1<<20)
 	}
-	r.index.Hit(cachetest.Key("a"))
+	r.index.Hit(cachetest.Key("a").In(artifact.DefaultScope))
 	if err := r.index.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -267,10 +271,10 @@ func TestStaleIndex(t *testing.T) {
 // deaf is an observer that hears nothing.
 type deaf struct{ cache.Observer }
 
-func (deaf) Stored(cache.Stored)         {}
-func (deaf) Found(cache.Stored)          {}
-func (deaf) Pinned(artifact.Key, bool)   {}
-func (deaf) Removed(artifact.Key, int64) {}
+func (deaf) Stored(cache.Stored)          {}
+func (deaf) Found(cache.Stored)           {}
+func (deaf) Pinned(artifact.Name, bool)   {}
+func (deaf) Removed(artifact.Name, int64) {}
 
 // TestLimitHolds uploads far more than there is room for, from 16 clients at once and beside downloads,
 // and watches the directory: it never takes more than the limit, every upload succeeds, and every
@@ -497,11 +501,11 @@ type stuckStore struct {
 	key artifact.Key
 }
 
-func (s stuckStore) Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (int64, error) {
-	if key == s.key {
+func (s stuckStore) Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (int64, error) {
+	if name.Key == s.key {
 		return 0, errStuck
 	}
-	return s.Store.Evict(ctx, key, storedAt)
+	return s.Store.Evict(ctx, name, storedAt)
 }
 
 // TestUsedMeanwhile uses an artifact when it is about to go: it stays.
@@ -510,7 +514,7 @@ func TestUsedMeanwhile(t *testing.T) {
 	for _, name := range []string{"a", "b", "c"} {
 		r.mustPut(t, name, "build", 100)
 	}
-	c := retention.New(r.index, usingStore{r.store, func() { r.index.Hit(cachetest.Key("c")) }}, retention.Policy{}, slog.New(slog.DiscardHandler))
+	c := retention.New(r.index, usingStore{r.store, func() { r.index.Hit(cachetest.Key("c").In(artifact.DefaultScope)) }}, retention.Policy{}, slog.New(slog.DiscardHandler))
 	removals, _, err := c.Collect(t.Context(), retention.Policy{MinFree: 1 << 60}, 1000)
 	if got := sums(removals); got != "2 of build for min-free" || err != nil {
 		t.Errorf("removed: %s, %v", got, err)
@@ -526,7 +530,7 @@ type usingStore struct {
 	before func()
 }
 
-func (s usingStore) Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (int64, error) {
+func (s usingStore) Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (int64, error) {
 	s.before()
-	return s.Store.Evict(ctx, key, storedAt)
+	return s.Store.Evict(ctx, name, storedAt)
 }

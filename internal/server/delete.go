@@ -19,7 +19,7 @@ func (a *artifactService) DeleteArtifact(ctx context.Context, request *cachev1.D
 		return nil, err
 	}
 	if err := a.server.cache.Delete(ctx, key); err != nil {
-		a.recheck(key, err)
+		a.recheck(key.In(artifact.DefaultScope), err)
 		return nil, err
 	}
 	a.server.log.InfoContext(ctx, "deleted an artifact", "key", key)
@@ -27,9 +27,9 @@ func (a *artifactService) DeleteArtifact(ctx context.Context, request *cachev1.D
 }
 
 // recheck tells the index how an artifact is of which it was wrong, if err says so.
-func (a *artifactService) recheck(key artifact.Key, err error) {
+func (a *artifactService) recheck(name artifact.Name, err error) {
 	if m := a.server.management; m != nil && errors.Is(err, cache.ErrNotFound) {
-		m.Index.Recheck(m.Storage, key) // an error says that nobody can tell now
+		m.Index.Recheck(m.Storage, name) // an error says that nobody can tell now
 	}
 }
 
@@ -80,7 +80,7 @@ func (a *artifactService) deleteAll(ctx context.Context, m *Management, filter i
 		for _, e := range entries {
 			size, err := a.deleteListed(ctx, m, filter, e)
 			if errors.Is(err, cache.ErrNotFound) {
-				a.recheck(e.Key, err)
+				a.recheck(e.Name(), err)
 				continue
 			}
 			if err != nil {
@@ -115,9 +115,9 @@ func (a *artifactService) deleteAll(ctx context.Context, m *Management, filter i
 // key since then, or it was pinned.
 func (a *artifactService) deleteListed(ctx context.Context, m *Management, filter index.Filter, e index.Entry) (diskSize int64, err error) {
 	if !*filter.Pinned {
-		return m.Storage.Evict(ctx, e.Key, e.StoredAt)
+		return m.Storage.Evict(ctx, e.Name(), e.StoredAt)
 	}
-	return e.DiskSize, a.server.cache.Delete(ctx, e.Key)
+	return e.DiskSize, a.server.cache.In(e.Scope).Delete(ctx, e.Key)
 }
 
 func groupMessages(groups []index.Group) []*cachev1.Removal {

@@ -29,11 +29,11 @@ type evicting struct {
 	before func(key artifact.Key) error
 }
 
-func (e evicting) Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (int64, error) {
-	if err := e.before(key); err != nil {
+func (e evicting) Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (int64, error) {
+	if err := e.before(name.Key); err != nil {
 		return 0, err
 	}
-	return e.Store.Evict(ctx, key, storedAt)
+	return e.Store.Evict(ctx, name, storedAt)
 }
 
 // startEvicting starts a server with the artifacts a, b and c that does something before it removes one.
@@ -191,8 +191,8 @@ type pretending struct {
 	index *index.Index
 }
 
-func (p pretending) Evict(_ context.Context, key artifact.Key, _ time.Time) (int64, error) {
-	p.index.Removed(key, 4096)
+func (p pretending) Evict(_ context.Context, name artifact.Name, _ time.Time) (int64, error) {
+	p.index.Removed(name, 4096)
 	return 4096, nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -29,6 +30,8 @@ const (
 	maxKeys = 10_000
 	// maxRemovals is the most artifacts that one call removes.
 	maxRemovals = 10_000
+	// maxScopePolicies is the most policies of scopes in one call: each is held against every scope.
+	maxScopePolicies = 100
 )
 
 // Management is what the methods need that are for those who run a cache.
@@ -40,7 +43,7 @@ type Management struct {
 	// Storage is the store itself.
 	Storage interface {
 		index.Source
-		Evict(ctx context.Context, key artifact.Key, storedAt time.Time) (diskSize int64, err error)
+		Evict(ctx context.Context, name artifact.Name, storedAt time.Time) (diskSize int64, err error)
 		Usage() (disk.Usage, error)
 		Quarantined() ([]disk.Quarantined, error)
 	}
@@ -348,10 +351,45 @@ func policyOf(policy retention.Policy, changed *cachev1.RetentionPolicy) (retent
 		}
 		policy.MaxAge = age
 	}
+	if len(changed.GetScopes()) > 0 {
+		scopes, err := scopePolicies(changed.GetScopes())
+		if err != nil {
+			return policy, err
+		}
+		policy.Scopes = scopes
+	}
 	return policy, nil
 }
 
+// scopePolicies returns the policies of scopes that a request has.
+func scopePolicies(asked []*cachev1.ScopeRetentionPolicy) ([]retention.ScopePolicy, error) {
+	if len(asked) > maxScopePolicies {
+		return nil, fmt.Errorf("%w: there are %d policies of scopes; give at most %d", errInvalidRequest, len(asked), maxScopePolicies)
+	}
+	var policies []retention.ScopePolicy
+	for _, p := range asked {
+		if err := retention.CheckPattern(p.GetPattern()); err != nil {
+			return nil, fmt.Errorf("%w: pattern %w", errInvalidRequest, err)
+		}
+		if slices.ContainsFunc(policies, func(other retention.ScopePolicy) bool { return other.Pattern == p.GetPattern() }) {
+			return nil, fmt.Errorf("%w: pattern %q is given twice", errInvalidRequest, p.GetPattern())
+		}
+		if p.GetKeepLast() < 0 {
+			return nil, fmt.Errorf("%w: keep_last is %d; it must not be negative", errInvalidRequest, p.GetKeepLast())
+		}
+		age, err := durationOf(p.GetMaxAge())
+		if err != nil {
+			return nil, err
+		}
+		policies = append(policies, retention.ScopePolicy{Pattern: p.GetPattern(), MaxAge: age, KeepLast: int(p.GetKeepLast())})
+	}
+	return policies, nil
+}
+
 func durationOf(d *durationpb.Duration) (time.Duration, error) {
+	if d == nil {
+		return 0, nil
+	}
 	if err := d.CheckValid(); err != nil || d.GetSeconds() < 0 || d.GetNanos() < 0 || d.GetSeconds() > math.MaxInt64/int64(time.Second)-1 {
 		return 0, fmt.Errorf("%w: max_age must be from 0 to 292 years", errInvalidRequest)
 	}

@@ -196,6 +196,15 @@ func TestManagement(t *testing.T) {
 	}
 }
 
+// scopes returns a policy that keeps one artifact of each task in some scopes.
+func scopes(patterns ...string) *cachev1.RetentionPolicy {
+	policy := &cachev1.RetentionPolicy{}
+	for _, pattern := range patterns {
+		policy.Scopes = append(policy.Scopes, &cachev1.ScopeRetentionPolicy{Pattern: pattern, KeepLast: 1})
+	}
+	return policy
+}
+
 func TestCollectGarbage(t *testing.T) {
 	for name := range askers(nil) {
 		t.Run(name, func(t *testing.T) {
@@ -227,6 +236,9 @@ func TestCollectGarbage(t *testing.T) {
 				{&cachev1.CollectGarbageRequest{DryRun: true, Policy: policy}, "xx REMOVAL_REASON_KEEP_LAST", "a b c d"},
 				{&cachev1.CollectGarbageRequest{}, "x REMOVAL_REASON_KEEP_LAST", "b c d"},
 				{&cachev1.CollectGarbageRequest{}, "", "b c d"},
+				{&cachev1.CollectGarbageRequest{DryRun: true, Policy: scopes("pr-*", "default")}, "xx REMOVAL_REASON_KEEP_LAST", "b c d"},
+				{&cachev1.CollectGarbageRequest{DryRun: true, Policy: scopes("default*", "default")}, "xx REMOVAL_REASON_KEEP_LAST", "b c d"},
+				{&cachev1.CollectGarbageRequest{Policy: scopes("pr-*")}, "", "b c d"},
 				{&cachev1.CollectGarbageRequest{Policy: policy}, "x REMOVAL_REASON_KEEP_LAST", "c d"},
 				{&cachev1.CollectGarbageRequest{Policy: &cachev1.RetentionPolicy{MaxAge: durationpb.New(time.Hour)}}, "", "c d"},
 				{&cachev1.CollectGarbageRequest{Policy: &cachev1.RetentionPolicy{MaxAge: durationpb.New(1)}}, "xx REMOVAL_REASON_MAX_AGE", ""},
@@ -301,6 +313,15 @@ func managementCases() []apiCase {
 		}
 		return c
 	}
+	refusedScopes := func(name, sentence string, scopes ...*cachev1.ScopeRetentionPolicy) apiCase {
+		for i := range scopes {
+			if scopes[i] == nil {
+				scopes[i] = &cachev1.ScopeRetentionPolicy{}
+			}
+		}
+		return refused("collect garbage: policies of scopes: "+name,
+			method{"CollectGarbage", &cachev1.CollectGarbageRequest{Policy: &cachev1.RetentionPolicy{Scopes: scopes}}, "POST", "/v1/artifacts:collectGarbage"}, sentence)
+	}
 	unindexed := func(name string, m method) apiCase {
 		c := refused(name, m, "The index is not available: this server has none")
 		c.setup, c.status, c.code, c.reason = nil, 503, codes.Unavailable, "INDEX_UNAVAILABLE"
@@ -332,6 +353,12 @@ func managementCases() []apiCase {
 			"Invalid request: keep_last is -1; it must not be negative"),
 		refused("collect garbage: a negative age", method{"CollectGarbage", &cachev1.CollectGarbageRequest{Policy: &cachev1.RetentionPolicy{MaxAge: durationpb.New(-1)}}, "POST", artifacts + ":collectGarbage"},
 			"Invalid request: max_age must be from 0 to 292 years"),
+		refusedScopes("nameless", "Invalid request: pattern \"\" is neither the name of a scope nor the beginning of names with a * behind it: invalid scope: its name has 0 characters; it must have 1 to 63",
+			&cachev1.ScopeRetentionPolicy{KeepLast: 1}),
+		refusedScopes("twice", "Invalid request: pattern \"x*\" is given twice", &cachev1.ScopeRetentionPolicy{Pattern: "x*"}, &cachev1.ScopeRetentionPolicy{Pattern: "x*"}),
+		refusedScopes("a negative number", "Invalid request: keep_last is -1; it must not be negative", &cachev1.ScopeRetentionPolicy{Pattern: "x", KeepLast: -1}),
+		refusedScopes("a negative age", "Invalid request: max_age must be from 0 to 292 years", &cachev1.ScopeRetentionPolicy{Pattern: "x", MaxAge: durationpb.New(-1)}),
+		refusedScopes("too many", "Invalid request: there are 101 policies of scopes; give at most 100", make([]*cachev1.ScopeRetentionPolicy, 101)...),
 		refused("quarantine: a page token that is none", method{"ListQuarantine", &cachev1.ListQuarantineRequest{PageToken: "x"}, "GET", "/v1/quarantine?page_token=x"},
 			"Invalid request: page_token is not one that this server gave out"),
 		unindexed("list without an index", method{"ListArtifacts", &cachev1.ListArtifactsRequest{}, "GET", artifacts}),

@@ -2306,7 +2306,9 @@ type RetentionPolicy struct {
 	// How long artifacts are kept after their last use; 0 for ever.
 	MaxAge *durationpb.Duration `protobuf:"bytes,3,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
 	// How many artifacts of each task of each package are kept, the newest ones; 0 for all.
-	KeepLast      *int32 `protobuf:"varint,4,opt,name=keep_last,json=keepLast,proto3,oneof" json:"keep_last,omitempty"`
+	KeepLast *int32 `protobuf:"varint,4,opt,name=keep_last,json=keepLast,proto3,oneof" json:"keep_last,omitempty"`
+	// What is kept in some scopes, besides. If there are any, they stand for all those that the server is set to.
+	Scopes        []*ScopeRetentionPolicy `protobuf:"bytes,5,rep,name=scopes,proto3" json:"scopes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2369,6 +2371,78 @@ func (x *RetentionPolicy) GetKeepLast() int32 {
 	return 0
 }
 
+func (x *RetentionPolicy) GetScopes() []*ScopeRetentionPolicy {
+	if x != nil {
+		return x.Scopes
+	}
+	return nil
+}
+
+// ScopeRetentionPolicy says what is kept in some scopes; what holds for all scopes holds for them, too. Of those that
+// match a scope, the one that names it counts, or else the one with the longest pattern.
+type ScopeRetentionPolicy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name of a scope, or the beginning of names with a "*" behind it. Each may be given once.
+	Pattern string `protobuf:"bytes,1,opt,name=pattern,proto3" json:"pattern,omitempty"`
+	// How long artifacts are kept after their last use; 0 or not set for ever.
+	MaxAge *durationpb.Duration `protobuf:"bytes,2,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
+	// How many artifacts of each task of each package are kept in each of the scopes, the newest ones; 0 for all.
+	KeepLast      int32 `protobuf:"varint,3,opt,name=keep_last,json=keepLast,proto3" json:"keep_last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScopeRetentionPolicy) Reset() {
+	*x = ScopeRetentionPolicy{}
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScopeRetentionPolicy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScopeRetentionPolicy) ProtoMessage() {}
+
+func (x *ScopeRetentionPolicy) ProtoReflect() protoreflect.Message {
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScopeRetentionPolicy.ProtoReflect.Descriptor instead.
+func (*ScopeRetentionPolicy) Descriptor() ([]byte, []int) {
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ScopeRetentionPolicy) GetPattern() string {
+	if x != nil {
+		return x.Pattern
+	}
+	return ""
+}
+
+func (x *ScopeRetentionPolicy) GetMaxAge() *durationpb.Duration {
+	if x != nil {
+		return x.MaxAge
+	}
+	return nil
+}
+
+func (x *ScopeRetentionPolicy) GetKeepLast() int32 {
+	if x != nil {
+		return x.KeepLast
+	}
+	return 0
+}
+
 // CollectGarbageRequest says what to keep.
 type CollectGarbageRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2382,7 +2456,7 @@ type CollectGarbageRequest struct {
 
 func (x *CollectGarbageRequest) Reset() {
 	*x = CollectGarbageRequest{}
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2394,7 +2468,7 @@ func (x *CollectGarbageRequest) String() string {
 func (*CollectGarbageRequest) ProtoMessage() {}
 
 func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[33]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2407,7 +2481,7 @@ func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageRequest.ProtoReflect.Descriptor instead.
 func (*CollectGarbageRequest) Descriptor() ([]byte, []int) {
-	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{33}
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CollectGarbageRequest) GetPolicy() *RetentionPolicy {
@@ -2437,7 +2511,7 @@ type CollectGarbageResponse struct {
 
 func (x *CollectGarbageResponse) Reset() {
 	*x = CollectGarbageResponse{}
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2449,7 +2523,7 @@ func (x *CollectGarbageResponse) String() string {
 func (*CollectGarbageResponse) ProtoMessage() {}
 
 func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[34]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2462,7 +2536,7 @@ func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
 func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
-	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{34}
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CollectGarbageResponse) GetRemovals() []*Removal {
@@ -2498,7 +2572,7 @@ type QuarantinedFile struct {
 
 func (x *QuarantinedFile) Reset() {
 	*x = QuarantinedFile{}
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2510,7 +2584,7 @@ func (x *QuarantinedFile) String() string {
 func (*QuarantinedFile) ProtoMessage() {}
 
 func (x *QuarantinedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[35]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2523,7 +2597,7 @@ func (x *QuarantinedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedFile.ProtoReflect.Descriptor instead.
 func (*QuarantinedFile) Descriptor() ([]byte, []int) {
-	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{35}
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *QuarantinedFile) GetName() string {
@@ -2574,7 +2648,7 @@ type ListQuarantineRequest struct {
 
 func (x *ListQuarantineRequest) Reset() {
 	*x = ListQuarantineRequest{}
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +2660,7 @@ func (x *ListQuarantineRequest) String() string {
 func (*ListQuarantineRequest) ProtoMessage() {}
 
 func (x *ListQuarantineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[36]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +2673,7 @@ func (x *ListQuarantineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuarantineRequest.ProtoReflect.Descriptor instead.
 func (*ListQuarantineRequest) Descriptor() ([]byte, []int) {
-	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{36}
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListQuarantineRequest) GetPageSize() int32 {
@@ -2629,7 +2703,7 @@ type ListQuarantineResponse struct {
 
 func (x *ListQuarantineResponse) Reset() {
 	*x = ListQuarantineResponse{}
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2715,7 @@ func (x *ListQuarantineResponse) String() string {
 func (*ListQuarantineResponse) ProtoMessage() {}
 
 func (x *ListQuarantineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[37]
+	mi := &file_polykit_cache_v1_artifact_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2728,7 @@ func (x *ListQuarantineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuarantineResponse.ProtoReflect.Descriptor instead.
 func (*ListQuarantineResponse) Descriptor() ([]byte, []int) {
-	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{37}
+	return file_polykit_cache_v1_artifact_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListQuarantineResponse) GetFiles() []*QuarantinedFile {
@@ -2827,16 +2901,21 @@ const file_polykit_cache_v1_artifact_service_proto_rawDesc = "" +
 	"\rmin_free_size\x18\x04 \x01(\x03R\vminFreeSize\x12\x1b\n" +
 	"\tdisk_size\x18\x05 \x01(\x03R\bdiskSize\x12+\n" +
 	"\x11quarantined_count\x18\x06 \x01(\x03R\x10quarantinedCount\x12)\n" +
-	"\x10quarantined_size\x18\a \x01(\x03R\x0fquarantinedSize\"\xf4\x01\n" +
+	"\x10quarantined_size\x18\a \x01(\x03R\x0fquarantinedSize\"\xb4\x02\n" +
 	"\x0fRetentionPolicy\x12-\n" +
 	"\x10max_storage_size\x18\x01 \x01(\x03H\x00R\x0emaxStorageSize\x88\x01\x01\x12'\n" +
 	"\rmin_free_size\x18\x02 \x01(\x03H\x01R\vminFreeSize\x88\x01\x01\x122\n" +
 	"\amax_age\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06maxAge\x12 \n" +
-	"\tkeep_last\x18\x04 \x01(\x05H\x02R\bkeepLast\x88\x01\x01B\x13\n" +
+	"\tkeep_last\x18\x04 \x01(\x05H\x02R\bkeepLast\x88\x01\x01\x12>\n" +
+	"\x06scopes\x18\x05 \x03(\v2&.polykit.cache.v1.ScopeRetentionPolicyR\x06scopesB\x13\n" +
 	"\x11_max_storage_sizeB\x10\n" +
 	"\x0e_min_free_sizeB\f\n" +
 	"\n" +
-	"_keep_last\"k\n" +
+	"_keep_last\"\x81\x01\n" +
+	"\x14ScopeRetentionPolicy\x12\x18\n" +
+	"\apattern\x18\x01 \x01(\tR\apattern\x122\n" +
+	"\amax_age\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06maxAge\x12\x1b\n" +
+	"\tkeep_last\x18\x03 \x01(\x05R\bkeepLast\"k\n" +
 	"\x15CollectGarbageRequest\x129\n" +
 	"\x06policy\x18\x01 \x01(\v2!.polykit.cache.v1.RetentionPolicyR\x06policy\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"c\n" +
@@ -2898,7 +2977,7 @@ func file_polykit_cache_v1_artifact_service_proto_rawDescGZIP() []byte {
 }
 
 var file_polykit_cache_v1_artifact_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_polykit_cache_v1_artifact_service_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_polykit_cache_v1_artifact_service_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_polykit_cache_v1_artifact_service_proto_goTypes = []any{
 	(ArtifactOrder)(0),                   // 0: polykit.cache.v1.ArtifactOrder
 	(RemovalReason)(0),                   // 1: polykit.cache.v1.RemovalReason
@@ -2935,28 +3014,29 @@ var file_polykit_cache_v1_artifact_service_proto_goTypes = []any{
 	(*TaskStats)(nil),                    // 32: polykit.cache.v1.TaskStats
 	(*StorageStats)(nil),                 // 33: polykit.cache.v1.StorageStats
 	(*RetentionPolicy)(nil),              // 34: polykit.cache.v1.RetentionPolicy
-	(*CollectGarbageRequest)(nil),        // 35: polykit.cache.v1.CollectGarbageRequest
-	(*CollectGarbageResponse)(nil),       // 36: polykit.cache.v1.CollectGarbageResponse
-	(*QuarantinedFile)(nil),              // 37: polykit.cache.v1.QuarantinedFile
-	(*ListQuarantineRequest)(nil),        // 38: polykit.cache.v1.ListQuarantineRequest
-	(*ListQuarantineResponse)(nil),       // 39: polykit.cache.v1.ListQuarantineResponse
-	(*timestamppb.Timestamp)(nil),        // 40: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 41: google.protobuf.Duration
+	(*ScopeRetentionPolicy)(nil),         // 35: polykit.cache.v1.ScopeRetentionPolicy
+	(*CollectGarbageRequest)(nil),        // 36: polykit.cache.v1.CollectGarbageRequest
+	(*CollectGarbageResponse)(nil),       // 37: polykit.cache.v1.CollectGarbageResponse
+	(*QuarantinedFile)(nil),              // 38: polykit.cache.v1.QuarantinedFile
+	(*ListQuarantineRequest)(nil),        // 39: polykit.cache.v1.ListQuarantineRequest
+	(*ListQuarantineResponse)(nil),       // 40: polykit.cache.v1.ListQuarantineResponse
+	(*timestamppb.Timestamp)(nil),        // 41: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 42: google.protobuf.Duration
 }
 var file_polykit_cache_v1_artifact_service_proto_depIdxs = []int32{
-	40, // 0: polykit.cache.v1.Artifact.created_at:type_name -> google.protobuf.Timestamp
-	40, // 1: polykit.cache.v1.Artifact.stored_at:type_name -> google.protobuf.Timestamp
+	41, // 0: polykit.cache.v1.Artifact.created_at:type_name -> google.protobuf.Timestamp
+	41, // 1: polykit.cache.v1.Artifact.stored_at:type_name -> google.protobuf.Timestamp
 	5,  // 2: polykit.cache.v1.PutArtifactRequest.header:type_name -> polykit.cache.v1.PutArtifactHeader
 	2,  // 3: polykit.cache.v1.PutArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
 	2,  // 4: polykit.cache.v1.GetArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
 	2,  // 5: polykit.cache.v1.StatArtifactResponse.artifact:type_name -> polykit.cache.v1.Artifact
 	3,  // 6: polykit.cache.v1.ListArtifactFilesResponse.files:type_name -> polykit.cache.v1.ArtifactFile
 	2,  // 7: polykit.cache.v1.StoredArtifact.artifact:type_name -> polykit.cache.v1.Artifact
-	40, // 8: polykit.cache.v1.StoredArtifact.last_used_at:type_name -> google.protobuf.Timestamp
-	40, // 9: polykit.cache.v1.ArtifactFilter.stored_after:type_name -> google.protobuf.Timestamp
-	40, // 10: polykit.cache.v1.ArtifactFilter.stored_before:type_name -> google.protobuf.Timestamp
-	40, // 11: polykit.cache.v1.ArtifactFilter.used_after:type_name -> google.protobuf.Timestamp
-	40, // 12: polykit.cache.v1.ArtifactFilter.used_before:type_name -> google.protobuf.Timestamp
+	41, // 8: polykit.cache.v1.StoredArtifact.last_used_at:type_name -> google.protobuf.Timestamp
+	41, // 9: polykit.cache.v1.ArtifactFilter.stored_after:type_name -> google.protobuf.Timestamp
+	41, // 10: polykit.cache.v1.ArtifactFilter.stored_before:type_name -> google.protobuf.Timestamp
+	41, // 11: polykit.cache.v1.ArtifactFilter.used_after:type_name -> google.protobuf.Timestamp
+	41, // 12: polykit.cache.v1.ArtifactFilter.used_before:type_name -> google.protobuf.Timestamp
 	14, // 13: polykit.cache.v1.ListArtifactsRequest.filter:type_name -> polykit.cache.v1.ArtifactFilter
 	0,  // 14: polykit.cache.v1.ListArtifactsRequest.order_by:type_name -> polykit.cache.v1.ArtifactOrder
 	13, // 15: polykit.cache.v1.ListArtifactsResponse.artifacts:type_name -> polykit.cache.v1.StoredArtifact
@@ -2965,47 +3045,49 @@ var file_polykit_cache_v1_artifact_service_proto_depIdxs = []int32{
 	1,  // 18: polykit.cache.v1.Removal.reason:type_name -> polykit.cache.v1.RemovalReason
 	30, // 19: polykit.cache.v1.GetCacheStatsResponse.total:type_name -> polykit.cache.v1.CacheStats
 	31, // 20: polykit.cache.v1.GetCacheStatsResponse.since_start:type_name -> polykit.cache.v1.UsageStats
-	40, // 21: polykit.cache.v1.GetCacheStatsResponse.started_at:type_name -> google.protobuf.Timestamp
+	41, // 21: polykit.cache.v1.GetCacheStatsResponse.started_at:type_name -> google.protobuf.Timestamp
 	32, // 22: polykit.cache.v1.GetCacheStatsResponse.tasks:type_name -> polykit.cache.v1.TaskStats
 	33, // 23: polykit.cache.v1.GetCacheStatsResponse.storage:type_name -> polykit.cache.v1.StorageStats
 	31, // 24: polykit.cache.v1.CacheStats.usage:type_name -> polykit.cache.v1.UsageStats
 	30, // 25: polykit.cache.v1.TaskStats.stats:type_name -> polykit.cache.v1.CacheStats
-	41, // 26: polykit.cache.v1.RetentionPolicy.max_age:type_name -> google.protobuf.Duration
-	34, // 27: polykit.cache.v1.CollectGarbageRequest.policy:type_name -> polykit.cache.v1.RetentionPolicy
-	21, // 28: polykit.cache.v1.CollectGarbageResponse.removals:type_name -> polykit.cache.v1.Removal
-	40, // 29: polykit.cache.v1.QuarantinedFile.quarantined_at:type_name -> google.protobuf.Timestamp
-	37, // 30: polykit.cache.v1.ListQuarantineResponse.files:type_name -> polykit.cache.v1.QuarantinedFile
-	4,  // 31: polykit.cache.v1.ArtifactService.PutArtifact:input_type -> polykit.cache.v1.PutArtifactRequest
-	7,  // 32: polykit.cache.v1.ArtifactService.GetArtifact:input_type -> polykit.cache.v1.GetArtifactRequest
-	9,  // 33: polykit.cache.v1.ArtifactService.StatArtifact:input_type -> polykit.cache.v1.StatArtifactRequest
-	11, // 34: polykit.cache.v1.ArtifactService.ListArtifactFiles:input_type -> polykit.cache.v1.ListArtifactFilesRequest
-	15, // 35: polykit.cache.v1.ArtifactService.ListArtifacts:input_type -> polykit.cache.v1.ListArtifactsRequest
-	17, // 36: polykit.cache.v1.ArtifactService.DeleteArtifact:input_type -> polykit.cache.v1.DeleteArtifactRequest
-	19, // 37: polykit.cache.v1.ArtifactService.DeleteArtifacts:input_type -> polykit.cache.v1.DeleteArtifactsRequest
-	22, // 38: polykit.cache.v1.ArtifactService.FindMissingArtifacts:input_type -> polykit.cache.v1.FindMissingArtifactsRequest
-	24, // 39: polykit.cache.v1.ArtifactService.PinArtifact:input_type -> polykit.cache.v1.PinArtifactRequest
-	26, // 40: polykit.cache.v1.ArtifactService.UnpinArtifact:input_type -> polykit.cache.v1.UnpinArtifactRequest
-	28, // 41: polykit.cache.v1.ArtifactService.GetCacheStats:input_type -> polykit.cache.v1.GetCacheStatsRequest
-	35, // 42: polykit.cache.v1.ArtifactService.CollectGarbage:input_type -> polykit.cache.v1.CollectGarbageRequest
-	38, // 43: polykit.cache.v1.ArtifactService.ListQuarantine:input_type -> polykit.cache.v1.ListQuarantineRequest
-	6,  // 44: polykit.cache.v1.ArtifactService.PutArtifact:output_type -> polykit.cache.v1.PutArtifactResponse
-	8,  // 45: polykit.cache.v1.ArtifactService.GetArtifact:output_type -> polykit.cache.v1.GetArtifactResponse
-	10, // 46: polykit.cache.v1.ArtifactService.StatArtifact:output_type -> polykit.cache.v1.StatArtifactResponse
-	12, // 47: polykit.cache.v1.ArtifactService.ListArtifactFiles:output_type -> polykit.cache.v1.ListArtifactFilesResponse
-	16, // 48: polykit.cache.v1.ArtifactService.ListArtifacts:output_type -> polykit.cache.v1.ListArtifactsResponse
-	18, // 49: polykit.cache.v1.ArtifactService.DeleteArtifact:output_type -> polykit.cache.v1.DeleteArtifactResponse
-	20, // 50: polykit.cache.v1.ArtifactService.DeleteArtifacts:output_type -> polykit.cache.v1.DeleteArtifactsResponse
-	23, // 51: polykit.cache.v1.ArtifactService.FindMissingArtifacts:output_type -> polykit.cache.v1.FindMissingArtifactsResponse
-	25, // 52: polykit.cache.v1.ArtifactService.PinArtifact:output_type -> polykit.cache.v1.PinArtifactResponse
-	27, // 53: polykit.cache.v1.ArtifactService.UnpinArtifact:output_type -> polykit.cache.v1.UnpinArtifactResponse
-	29, // 54: polykit.cache.v1.ArtifactService.GetCacheStats:output_type -> polykit.cache.v1.GetCacheStatsResponse
-	36, // 55: polykit.cache.v1.ArtifactService.CollectGarbage:output_type -> polykit.cache.v1.CollectGarbageResponse
-	39, // 56: polykit.cache.v1.ArtifactService.ListQuarantine:output_type -> polykit.cache.v1.ListQuarantineResponse
-	44, // [44:57] is the sub-list for method output_type
-	31, // [31:44] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	42, // 26: polykit.cache.v1.RetentionPolicy.max_age:type_name -> google.protobuf.Duration
+	35, // 27: polykit.cache.v1.RetentionPolicy.scopes:type_name -> polykit.cache.v1.ScopeRetentionPolicy
+	42, // 28: polykit.cache.v1.ScopeRetentionPolicy.max_age:type_name -> google.protobuf.Duration
+	34, // 29: polykit.cache.v1.CollectGarbageRequest.policy:type_name -> polykit.cache.v1.RetentionPolicy
+	21, // 30: polykit.cache.v1.CollectGarbageResponse.removals:type_name -> polykit.cache.v1.Removal
+	41, // 31: polykit.cache.v1.QuarantinedFile.quarantined_at:type_name -> google.protobuf.Timestamp
+	38, // 32: polykit.cache.v1.ListQuarantineResponse.files:type_name -> polykit.cache.v1.QuarantinedFile
+	4,  // 33: polykit.cache.v1.ArtifactService.PutArtifact:input_type -> polykit.cache.v1.PutArtifactRequest
+	7,  // 34: polykit.cache.v1.ArtifactService.GetArtifact:input_type -> polykit.cache.v1.GetArtifactRequest
+	9,  // 35: polykit.cache.v1.ArtifactService.StatArtifact:input_type -> polykit.cache.v1.StatArtifactRequest
+	11, // 36: polykit.cache.v1.ArtifactService.ListArtifactFiles:input_type -> polykit.cache.v1.ListArtifactFilesRequest
+	15, // 37: polykit.cache.v1.ArtifactService.ListArtifacts:input_type -> polykit.cache.v1.ListArtifactsRequest
+	17, // 38: polykit.cache.v1.ArtifactService.DeleteArtifact:input_type -> polykit.cache.v1.DeleteArtifactRequest
+	19, // 39: polykit.cache.v1.ArtifactService.DeleteArtifacts:input_type -> polykit.cache.v1.DeleteArtifactsRequest
+	22, // 40: polykit.cache.v1.ArtifactService.FindMissingArtifacts:input_type -> polykit.cache.v1.FindMissingArtifactsRequest
+	24, // 41: polykit.cache.v1.ArtifactService.PinArtifact:input_type -> polykit.cache.v1.PinArtifactRequest
+	26, // 42: polykit.cache.v1.ArtifactService.UnpinArtifact:input_type -> polykit.cache.v1.UnpinArtifactRequest
+	28, // 43: polykit.cache.v1.ArtifactService.GetCacheStats:input_type -> polykit.cache.v1.GetCacheStatsRequest
+	36, // 44: polykit.cache.v1.ArtifactService.CollectGarbage:input_type -> polykit.cache.v1.CollectGarbageRequest
+	39, // 45: polykit.cache.v1.ArtifactService.ListQuarantine:input_type -> polykit.cache.v1.ListQuarantineRequest
+	6,  // 46: polykit.cache.v1.ArtifactService.PutArtifact:output_type -> polykit.cache.v1.PutArtifactResponse
+	8,  // 47: polykit.cache.v1.ArtifactService.GetArtifact:output_type -> polykit.cache.v1.GetArtifactResponse
+	10, // 48: polykit.cache.v1.ArtifactService.StatArtifact:output_type -> polykit.cache.v1.StatArtifactResponse
+	12, // 49: polykit.cache.v1.ArtifactService.ListArtifactFiles:output_type -> polykit.cache.v1.ListArtifactFilesResponse
+	16, // 50: polykit.cache.v1.ArtifactService.ListArtifacts:output_type -> polykit.cache.v1.ListArtifactsResponse
+	18, // 51: polykit.cache.v1.ArtifactService.DeleteArtifact:output_type -> polykit.cache.v1.DeleteArtifactResponse
+	20, // 52: polykit.cache.v1.ArtifactService.DeleteArtifacts:output_type -> polykit.cache.v1.DeleteArtifactsResponse
+	23, // 53: polykit.cache.v1.ArtifactService.FindMissingArtifacts:output_type -> polykit.cache.v1.FindMissingArtifactsResponse
+	25, // 54: polykit.cache.v1.ArtifactService.PinArtifact:output_type -> polykit.cache.v1.PinArtifactResponse
+	27, // 55: polykit.cache.v1.ArtifactService.UnpinArtifact:output_type -> polykit.cache.v1.UnpinArtifactResponse
+	29, // 56: polykit.cache.v1.ArtifactService.GetCacheStats:output_type -> polykit.cache.v1.GetCacheStatsResponse
+	37, // 57: polykit.cache.v1.ArtifactService.CollectGarbage:output_type -> polykit.cache.v1.CollectGarbageResponse
+	40, // 58: polykit.cache.v1.ArtifactService.ListQuarantine:output_type -> polykit.cache.v1.ListQuarantineResponse
+	46, // [46:59] is the sub-list for method output_type
+	33, // [33:46] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_polykit_cache_v1_artifact_service_proto_init() }
@@ -3030,7 +3112,7 @@ func file_polykit_cache_v1_artifact_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_polykit_cache_v1_artifact_service_proto_rawDesc), len(file_polykit_cache_v1_artifact_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
