@@ -131,17 +131,10 @@ func printPolicy(w io.Writer, p *auth.Policy) error {
 		rule := &p.Rules[i]
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", rule.Name, cmp.Or(rule.Issuer, "certificates"), rule.Role, printable(rule.Scopes[0]), strings.Join(strings.Fields(rule.When), " "))
 	}
-	fmt.Fprintln(table, "\nSCOPE\tREADS\tMAX AGE\tKEEP LAST")
+	fmt.Fprintln(table, "\nSCOPE\tREADS")
 	for i := range p.Scopes {
 		s := &p.Scopes[i]
-		age, keep := "-", "-"
-		if s.MaxAge > 0 {
-			age = s.MaxAge.String()
-		}
-		if s.KeepLast > 0 {
-			keep = fmt.Sprint(s.KeepLast)
-		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", s.Name, strings.Join(append([]string{"its own"}, s.Reads...), ", "), age, keep)
+		fmt.Fprintf(table, "%s\t%s\n", s.Name, strings.Join(append([]string{"its own"}, s.Reads...), ", "))
 	}
 	if len(p.Promotions) > 0 {
 		fmt.Fprintln(table, "\nPROMOTE FROM\tTO\tBY")

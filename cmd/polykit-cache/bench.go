@@ -123,6 +123,9 @@ func (b *benchFlags) complete() (err error) {
 	if c.TLS, err = b.remote.tls.config(c.Server); err != nil {
 		return err
 	}
+	if c.Server, err = b.remote.address(c.Server); err != nil {
+		return err
+	}
 	c.GRPC, c.Size = b.remote.grpc, int64(b.size)
 	if c.Duration <= 0 || c.Duration > longest {
 		return usageError("--duration is %v; it must be more than 0 and at most %v", c.Duration, longest)

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -29,7 +31,7 @@ import (
 func clientCommands() []*cobra.Command {
 	commands := []*cobra.Command{
 		putCommand(), getCommand(), statCommand(), filesCommand(), packCommand(), healthcheckCommand(), benchCommand(),
-		listCommand(), deleteCommand(), missingCommand(), statsCommand(), pinCommand(), unpinCommand(), quarantineCommand(), gcCommand(),
+		listCommand(), deleteCommand(), missingCommand(), statsCommand(), pinCommand(), unpinCommand(), promoteCommand(), quarantineCommand(), gcCommand(),
 	}
 	for _, cmd := range commands {
 		cmd.Flags().SortFlags = false
@@ -49,6 +51,7 @@ type remote interface {
 	Missing(ctx context.Context, keys []artifact.Key) ([]string, error)
 	Pin(ctx context.Context, key artifact.Key) error
 	Unpin(ctx context.Context, key artifact.Key) error
+	Promote(ctx context.Context, key artifact.Key, from, to artifact.Scope) (*client.Artifact, error)
 	Stats(ctx context.Context, maxTasks int) (*client.Stats, error)
 	CollectGarbage(ctx context.Context, request *client.CollectRequest) (*client.Collected, error)
 	Quarantine(ctx context.Context) iter.Seq2[*client.Quarantined, error]
@@ -58,14 +61,18 @@ type remote interface {
 
 // remoteFlags are the flags of every command that talks to a server.
 type remoteFlags struct {
-	server string
-	tls    clientTLSFlags
-	grpc   bool
-	json   bool
+	server    string
+	tokenFile string
+	scope     scopeFlag
+	tls       clientTLSFlags
+	grpc      bool
+	json      bool
 }
 
 func (r *remoteFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&r.server, "server", "http://127.0.0.1:8080", "`URL` of the server; a user name and password in it are sent as HTTP Basic")
+	f.StringVar(&r.tokenFile, "token-file", "", "`file` with the token or ID token to send to the server; in the environment the token itself may be in POLYKIT_CACHE_TOKEN")
+	f.Var(&r.scope, "scope", "scope that this is about, if not the one that the token is for")
 	r.tls.add(f)
 	f.BoolVar(&r.grpc, "grpc", false, "speak gRPC instead of REST")
 	addJSON(f, &r.json)
@@ -85,6 +92,9 @@ func (r *remoteFlags) connect() (remote, error) {
 	if err != nil {
 		return nil, err
 	}
+	if server, err = r.address(server); err != nil {
+		return nil, err
+	}
 	if !r.grpc {
 		return client.NewREST(server, config), nil
 	}
@@ -93,6 +103,72 @@ func (r *remoteFlags) connect() (remote, error) {
 		return nil, usageError("--server does not fit --grpc: %w", err)
 	}
 	return conn, nil
+}
+
+// address returns the URL of a server with the token and the scope of the flags.
+func (r *remoteFlags) address(server *url.URL) (*url.URL, error) {
+	token := os.Getenv("POLYKIT_CACHE_TOKEN")
+	if r.tokenFile != "" {
+		text, err := os.ReadFile(r.tokenFile)
+		if err != nil {
+			return nil, usageError("--token-file: %w", err)
+		}
+		if token = strings.TrimSpace(string(text)); token == "" {
+			return nil, usageError("--token-file: %s is empty", r.tokenFile)
+		}
+	}
+	if token != "" && server.User != nil {
+		if r.tokenFile != "" {
+			return nil, usageError("--server has a password and --token-file a token; give one of them")
+		}
+		token = "" // what is in sight counts
+	}
+	if token != "" {
+		with := *server
+		with.User = url.UserPassword("token", token)
+		server = &with
+	}
+	if r.scope.given {
+		server = client.InScope(server, r.scope.Scope)
+	}
+	return server, nil
+}
+
+// scopeFlag is a scope.
+type scopeFlag struct {
+	artifact.Scope
+	given bool
+}
+
+func (s *scopeFlag) String() string {
+	if !s.given {
+		return ""
+	}
+	return s.Scope.String()
+}
+
+func (s *scopeFlag) Set(text string) (err error) {
+	s.Scope, err = artifact.ParseScope(text)
+	s.given = err == nil
+	return err
+}
+
+func (s *scopeFlag) Type() string { return "name" }
+
+// names returns the scope for a filter: that of the flag alone, or none if it was not given.
+func (s *scopeFlag) names() []string {
+	if !s.given {
+		return nil
+	}
+	return []string{s.Scope.String()}
+}
+
+// formatKey returns a key as tables have it: with the scope before it, if that is not the default one.
+func formatKey(scope, key string) string {
+	if scope == "" || scope == artifact.DefaultScope.String() {
+		return printable(key)
+	}
+	return printable(scope + "/" + key)
 }
 
 // connectFor is connect for a command about the artifact under a key.

@@ -112,6 +112,7 @@ func isTerminal(r io.Reader) bool {
 }
 
 func (d *deleteFlags) deleteMatching(cmd *cobra.Command, server remote, filter *client.Filter) error {
+	filter.Scopes = d.scope.names()
 	request := &client.DeleteRequest{Filter: filter, All: d.all, DryRun: true}
 	plan, err := server.DeleteMatching(cmd.Context(), request)
 	if err != nil {

@@ -14,9 +14,10 @@ import (
 
 const listLong = `list lists the artifacts that are stored: the key, the package and task that made it, the size as
 uploaded, when it was stored and when it was used last, how many times it was downloaded, and
-whether it is pinned. What is not known, as of an artifact that another server stored and nobody
-asked for yet, is "-". Of a name of more than 60 characters the rest is left out; --json has it
-all.
+whether it is pinned. The key of an artifact in another scope than the default one has the scope
+before it, as in pr-7/0123…. What is not known, as of an artifact that another server stored and
+nobody asked for yet, is "-". Of a name of more than 60 characters the rest is left out; --json
+has it all.
 
 ` + filterHelp + `
 
@@ -90,6 +91,7 @@ func (l *listFlags) request(cmd *cobra.Command) (*client.ListRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	filter.Scopes = l.scope.names()
 	request := &client.ListRequest{Filter: filter, PageSize: client.MaxPageSize}
 	if l.limit > 0 {
 		request.PageSize = int32(min(l.limit+1, client.MaxPageSize)) // one more tells whether there are more
@@ -157,7 +159,7 @@ func printStored(w io.Writer, artifacts iter.Seq2[*client.Stored, error]) error 
 			pinned = "yes"
 		}
 		about := stored.GetArtifact()
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(about.GetCacheKey()), formatName(about.GetPackageName()), formatName(about.GetTaskName()),
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", formatKey(about.GetScope(), about.GetCacheKey()), formatName(about.GetPackageName()), formatName(about.GetTaskName()),
 			formatSize(about.GetSize()), formatAge(about.GetStoredAt()), formatAge(stored.GetLastUsedAt()), humanize.Comma(stored.GetUseCount()), pinned)
 	}
 	return table.Flush()

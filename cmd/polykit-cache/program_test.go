@@ -56,7 +56,7 @@ func (p *process) listen() {
 // readAddress reads the log of a server until it says the address that the server listens on, and
 // goes on reading in the background: the whole log comes when the server has ended.
 func readAddress(log io.Reader) (string, <-chan string) {
-	expression := regexp.MustCompile(`\blistening"?[ ,]"?address"?[=:]"?([0-9.]+:[0-9]+)`)
+	expression := regexp.MustCompile(`\blistening"?[ ,]"?address"?[=:]"?([0-9.]+:[0-9]+|\[[0-9a-f:]+\]:[0-9]+)`)
 	var text strings.Builder
 	reader := bufio.NewReader(log)
 	address := ""

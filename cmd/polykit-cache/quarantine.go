@@ -63,7 +63,7 @@ func printQuarantine(w io.Writer, files iter.Seq2[*client.Quarantined, error]) e
 		}
 		rows++
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", exactTime(file.GetQuarantinedAt()), formatSize(file.GetSize()),
-			printable(cmp.Or(file.GetCacheKey(), file.GetName())), orDash(file.GetReason()))
+			formatKey(file.GetScope(), cmp.Or(file.GetCacheKey(), file.GetName())), orDash(file.GetReason()))
 	}
 	return table.Flush()
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/server"
@@ -43,6 +44,7 @@ type serveConfig struct {
 	bind            string
 	port            int
 	tls             serverTLSFlags
+	authFile        string
 	durability      choiceFlag
 	hotSize         sizeFlag
 	limits          limitFlags
@@ -91,6 +93,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
 	c.tls.add(f)
+	f.StringVar(&c.authFile, "auth-file", "", "`file` that says who may do what; without it everybody may do everything; read again when it changes, and on SIGHUP; \"auth check\" checks it")
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
 	c.retention.add(f)
 	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
@@ -189,9 +192,16 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	hangups := make(chan os.Signal, 1)
 	if loaded != nil {
 		c.server.TLS = loaded.Config()
+	}
+	if c.authFile != "" {
+		if c.server.Auth, err = auth.New(auth.Config{File: c.authFile, Log: log}); err != nil {
+			return err
+		}
+	}
+	hangups := make(chan os.Signal, 1)
+	if loaded != nil || c.server.Auth != nil {
 		signal.Notify(hangups, syscall.SIGHUP)
 		defer signal.Stop(hangups)
 	}
@@ -219,7 +229,7 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast())
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
-		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "version", version())
+		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "version", version())
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
 	var background sync.WaitGroup
 	defer func() {
@@ -227,8 +237,21 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		background.Wait()
 	}()
 	background.Go(func() { store.run(running) })
-	if loaded != nil {
-		background.Go(func() { reloadOnSignal(running, loaded, hangups) })
+	background.Go(func() {
+		onSignal(running, hangups, func() {
+			if loaded != nil {
+				loaded.Reload()
+			}
+			if c.server.Auth != nil {
+				c.server.Auth.Reload() // which logs what is wrong
+			}
+		})
+	})
+	if c.server.Auth != nil {
+		background.Go(func() { c.server.Auth.Run(running) })
+	} else if address, ok := listener.Addr().(*net.TCPAddr); ok && !address.IP.IsLoopback() {
+		log.Warn("everybody who can reach this address may read, write and delete everything: give --auth-file, bind to an address that only those can reach who may, or put something in front that asks who they are",
+			"address", address.String())
 	}
 	if c.scrub.Interval > 0 {
 		background.Go(func() { store.Scrub(running, c.scrub) })

@@ -24,9 +24,12 @@ const statsLong = `stats prints how much is stored, what it was good for, and ho
   storage     what the storage directory takes of what it may take (--max-storage)
   disk        how full the disk is, and how much is kept free (--min-free)
   quarantine  how many damaged files lie there
+  scopes      how often a key was stored in one scope and another, with the same files or with
+              different ones
 
-Then it lists the packages and tasks, those first that take most. A miss counts for the task
-whose artifact was then uploaded under the key.
+Then it lists the scopes, if there are others than the default one, and the packages and tasks,
+those first that take most. A miss counts for the task whose artifact was then uploaded under the
+key. Both are left out for a token that is not for all scopes.
 
 While the index is not complete, as after a crash, the numbers are lower than they should be, and
 it says so on standard error.
@@ -102,8 +105,23 @@ func printStats(w io.Writer, stats *client.Stats) error {
 	} {
 		fmt.Fprintf(table, "%s\t%s\n", row[0], row[1])
 	}
-	if err := table.Flush(); err != nil || len(stats.GetTasks()) == 0 {
+	if compared := stats.GetComparisons(); compared.GetAgreedCount()+compared.GetDifferedCount() > 0 {
+		fmt.Fprintf(table, "scopes\tagree in %s, differ in %s since the server started\n", humanize.Comma(compared.GetAgreedCount()), humanize.Comma(compared.GetDifferedCount()))
+	}
+	if err := table.Flush(); err != nil {
 		return err
+	}
+	if len(stats.GetScopes()) > 1 {
+		fmt.Fprintln(table, "\nSCOPE\tARTIFACTS\tSIZE\tON DISK")
+		for _, scope := range stats.GetScopes() {
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", printable(scope.GetScope()), humanize.Comma(scope.GetArtifactCount()), formatSize(scope.GetSize()), formatSize(scope.GetDiskSize()))
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
+	}
+	if len(stats.GetTasks()) == 0 {
+		return nil
 	}
 	fmt.Fprintln(table, "\nPACKAGE\tTASK\tARTIFACTS\tSIZE\tON DISK\tHIT RATE\tEVICTED")
 	for _, task := range stats.GetTasks() {

@@ -49,12 +49,12 @@ func (s *serverTLSFlags) load(log *slog.Logger) (*certs.Certs, error) {
 	return loaded, nil
 }
 
-// reloadOnSignal loads certificates again on SIGHUP, until ctx is done.
-func reloadOnSignal(ctx context.Context, loaded *certs.Certs, hangups <-chan os.Signal) {
+// onSignal does something for each signal, until ctx is done.
+func onSignal(ctx context.Context, signals <-chan os.Signal, do func()) {
 	for {
 		select {
-		case <-hangups:
-			loaded.Reload()
+		case <-signals:
+			do()
 		case <-ctx.Done():
 			return
 		}

@@ -417,15 +417,6 @@ func (r *reader) scope(p *Policy, n *yaml.Node) {
 				r.later = append(r.later, func() { r.reads(p, n, e.rank, name) })
 			})
 		}},
-		field{"max_age", false, func(n *yaml.Node) { e.MaxAge = r.duration(n, "max_age", time.Minute, longestAge) }},
-		field{"keep_last", false, func(n *yaml.Node) {
-			text := r.text(n, "keep_last", maxName)
-			count, err := strconv.Atoi(text)
-			if text != "" && (err != nil || count < 1 || count > math.MaxInt32) {
-				r.fail(n, "keep_last is %q; it must be a number from 1 to %d", text, math.MaxInt32)
-			}
-			e.KeepLast = count
-		}},
 	)
 	p.Scopes = append(p.Scopes, e)
 }

@@ -60,11 +60,9 @@ scopes:
   - name: default
   - name: nightly
     reads: [default]
-    keep_last: 3
   - name: pr-special
   - name: pr-*
     reads: [default, nightly]
-    max_age: 7d
 promote:
   - from: nightly
     to: default
@@ -109,7 +107,7 @@ func TestParse(t *testing.T) {
 	if len(p.Rules) != 3 || p.Rules[1].Scopes[0] != `pr-{claims.ref.split("/")[2]}` {
 		t.Errorf("rules: %+v", p.Rules)
 	}
-	if len(p.Scopes) != 4 || p.Scopes[3].MaxAge != 7*24*time.Hour || p.Scopes[1].KeepLast != 3 {
+	if len(p.Scopes) != 4 {
 		t.Errorf("scopes: %+v", p.Scopes)
 	}
 	for name, want := range map[string]string{"default": "default", "nightly": "nightly", "pr-7": "pr-*", "pr-special": "pr-special", "pr-specials": "pr-*"} {
@@ -214,9 +212,6 @@ auth.yaml:1: anonymous has no role`},
 		{"same scope", "scopes:\n  - name: default\n  - name: default\n", `auth.yaml:3: there are two scopes with the name default`},
 		{"star in the middle", "scopes:\n  - name: p*r\n", `auth.yaml:2: name is "p\*r": invalid scope: character 2 of its name is '\*'; .*`},
 		{"two stars", "scopes:\n  - name: pr**\n", `auth.yaml:2: name is "pr\*\*": invalid scope: .*; a \* may stand only at the end`},
-		{"max_age", "scopes:\n  - {name: default, max_age: 0d}\n", `auth.yaml:2: max_age is 0d; it must be from 1m0s to 87600h0m0s`},
-		{"max_age too long", "scopes:\n  - {name: default, max_age: 99999999999d}\n", `auth.yaml:2: max_age is 99999999999d; it must be from 1m0s to 87600h0m0s`},
-		{"keep_last", "scopes:\n  - {name: default, keep_last: 0}\n", `auth.yaml:2: keep_last is "0"; it must be a number from 1 to 2147483647`},
 		{"promote down", "scopes:\n  - name: default\n  - name: x\npromote:\n  - {from: default, to: x, by: [a]}\n" + token("    role: writer\n"), `auth.yaml:5: x is not more trusted than default: .*`},
 		{"promote to a pattern", "scopes:\n  - name: default\n  - name: y-*\n  - name: x\npromote:\n  - {from: x, to: y-*, by: [a]}\n" + token("    role: writer\n"), `auth.yaml:6: to is y-\*; an artifact is promoted to a single scope`},
 		{"promote nowhere", "scopes:\n  - name: default\npromote:\n  - {from: x, to: default, by: [a]}\n" + token("    role: writer\n"), `auth.yaml:4: from and to must be names in scopes`},

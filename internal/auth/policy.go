@@ -89,11 +89,7 @@ type ScopeEntry struct {
 	Name string `json:"name"`
 	// Reads are the names of the more trusted scopes that it reads, in order.
 	Reads []string `json:"reads"`
-	// MaxAge is how long an artifact is kept in it after its last use, or 0 for as long as elsewhere.
-	MaxAge time.Duration `json:"max_age,omitempty"`
-	// KeepLast is how many artifacts of each task are kept in it, or 0 for as many as elsewhere.
-	KeepLast int `json:"keep_last,omitempty"`
-	Line     int `json:"line"`
+	Line  int      `json:"line"`
 
 	pattern pattern
 	reads   []artifact.Scope

@@ -6,6 +6,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -163,6 +164,23 @@ func ParseServer(text string) (*url.URL, error) {
 		return nil, fmt.Errorf("not the URL of a server, such as http://127.0.0.1:8080: %w", err)
 	}
 	return server, nil
+}
+
+// InScope returns the URL of a server for what is about a scope, of which server must have none.
+func InScope(server *url.URL, scope artifact.Scope) *url.URL {
+	base := *server
+	base.Path = cmp.Or(base.Path, "/") // for JoinPath
+	return base.JoinPath("t", scope.String())
+}
+
+// splitScope returns the path of a server's URL without the scope at its end, and that if there is one.
+func splitScope(path string) (rest, scope string) {
+	path = strings.TrimSuffix(path, "/")
+	i := strings.LastIndex(path, "/t/")
+	if i < 0 || strings.Contains(path[i+len("/t/"):], "/") {
+		return path, ""
+	}
+	return path[:i], path[i+len("/t/"):]
 }
 
 // serverName returns the address of a server as errors show it, without the password.

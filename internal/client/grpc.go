@@ -61,9 +61,10 @@ func NewGRPC(server *url.URL, config *tls.Config) (*GRPC, error) {
 
 // DialGRPC returns a connection to the server at a URL of ParseServer: over TLS if it begins with
 // https://, as config says or, if it is nil, as is usual, and with Basic authentication if it has a name and
-// password. It must not have a path.
+// password. It must not have a path but that of a scope.
 func DialGRPC(server *url.URL, config *tls.Config, options ...grpc.DialOption) (*grpc.ClientConn, error) {
-	if strings.Trim(server.Path, "/") != "" {
+	path, scope := splitScope(server.Path)
+	if strings.Trim(path, "/") != "" {
 		return nil, errors.New("the URL of a server has no path over gRPC: give http://host:port or https://host:port")
 	}
 	port, secure := "80", credentials.TransportCredentials(insecure.NewCredentials())
@@ -82,8 +83,24 @@ func DialGRPC(server *url.URL, config *tls.Config, options ...grpc.DialOption) (
 		password, _ := server.User.Password()
 		options = append(options, grpc.WithPerRPCCredentials(basic{server.User.Username(), password}))
 	}
+	if scope != "" {
+		options = append(options, grpc.WithPerRPCCredentials(inScope(scope)))
+	}
 	return grpc.NewClient(net.JoinHostPort(server.Hostname(), port), options...)
 }
+
+// scopeMetadata is what names the scope that a call is about.
+const scopeMetadata = "polykit-cache-scope"
+
+// inScope adds a scope to each call.
+type inScope string
+
+func (s inScope) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{scopeMetadata: string(s)}, nil
+}
+
+// RequireTransportSecurity says no, since it is no secret.
+func (inScope) RequireTransportSecurity() bool { return false }
 
 // Close closes the connection.
 func (c *GRPC) Close() error { return c.conn.Close() }

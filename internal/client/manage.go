@@ -141,6 +141,20 @@ func (c *GRPC) Pin(ctx context.Context, key artifact.Key) error {
 	return err
 }
 
+// Promote stores an artifact of one scope in another one too, and returns it as it is there.
+func (c *REST) Promote(ctx context.Context, key artifact.Key, from, to artifact.Scope) (*Artifact, error) {
+	response := &Artifact{}
+	request := &cachev1.PromoteArtifactRequest{FromScope: from.String(), ToScope: to.String()}
+	return response, c.post(ctx, request, response, "v1", "artifacts", key.String(), "promote")
+}
+
+// Promote stores an artifact of one scope in another one too, and returns it as it is there.
+func (c *GRPC) Promote(ctx context.Context, key artifact.Key, from, to artifact.Scope) (*Artifact, error) {
+	request := &cachev1.PromoteArtifactRequest{CacheKey: key.String(), FromScope: from.String(), ToScope: to.String()}
+	response, err := call(ctx, c, c.artifacts.PromoteArtifact, request)
+	return response.GetArtifact(), err
+}
+
 // Unpin takes back Pin.
 func (c *REST) Unpin(ctx context.Context, key artifact.Key) error {
 	return c.read(c.request(ctx, http.MethodDelete, "v1", "artifacts", key.String(), "pin"), &cachev1.UnpinArtifactResponse{})
@@ -194,7 +208,11 @@ func (c *REST) query(ctx context.Context, asked, into proto.Message, path ...str
 func addParameters(parameters url.Values, prefix string, message protoreflect.Message) {
 	message.Range(func(field protoreflect.FieldDescriptor, value protoreflect.Value) bool {
 		name := prefix + string(field.Name())
-		if field.Kind() != protoreflect.MessageKind {
+		if field.IsList() { // of texts
+			for i := range value.List().Len() {
+				parameters.Add(name, value.List().Get(i).String())
+			}
+		} else if field.Kind() != protoreflect.MessageKind {
 			parameters.Set(name, value.String())
 		} else if at, isTime := value.Message().Interface().(*timestamppb.Timestamp); isTime {
 			parameters.Set(name, at.AsTime().Format(time.RFC3339Nano))

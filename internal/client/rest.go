@@ -40,10 +40,11 @@ const (
 	maxErrorSize = 64 << 10
 )
 
-// REST is a client of a server's REST API. The URL may have a path, for a server behind a proxy, and
-// a name and password, for HTTP's Basic authentication.
+// REST is a client of a server's REST API. The URL may have a path, for a server behind a proxy and for
+// a scope, and a name and password, for HTTP's Basic authentication.
 type REST struct {
 	server *url.URL
+	whole  *url.URL // server without a scope
 	name   string
 	http   *http.Client
 }
@@ -53,7 +54,10 @@ type REST struct {
 func NewREST(server *url.URL, config *tls.Config) *REST {
 	base := *server
 	base.Path = cmp.Or(base.Path, "/") // for JoinPath
-	return &REST{server: &base, name: serverName(server), http: &http.Client{
+	whole := base
+	whole.Path, _ = splitScope(base.Path)
+	whole.Path, whole.RawPath = cmp.Or(whole.Path, "/"), ""
+	return &REST{server: &base, whole: &whole, name: serverName(server), http: &http.Client{
 		Transport: &http.Transport{
 			Proxy:                 http.ProxyFromEnvironment,
 			DialContext:           (&net.Dialer{Timeout: connectTimeout}).DialContext,
@@ -165,7 +169,9 @@ func (c *REST) Files(ctx context.Context, key artifact.Key) iter.Seq2[*File, err
 
 // Ready returns an error that says why, if the server can't take uploads.
 func (c *REST) Ready(ctx context.Context) error {
-	response, err := c.do(c.request(ctx, http.MethodGet, "readyz"), http.StatusOK)
+	request := c.request(ctx, http.MethodGet)
+	request.URL = c.whole.JoinPath("readyz")
+	response, err := c.do(request, http.StatusOK)
 	if err != nil {
 		return err
 	}

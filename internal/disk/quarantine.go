@@ -2,7 +2,10 @@ package disk
 
 import (
 	"cmp"
+	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +14,7 @@ import (
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/cache"
 )
 
 // Quarantined is a file in quarantine.
@@ -104,4 +108,77 @@ func cutLast(s, separator string) (before, after string, found bool) {
 		return s[:i], s[i+len(separator):], true
 	}
 	return s, "", false
+}
+
+// Quarantine implements cache.Store.
+func (s *Store) Quarantine(_ context.Context, info artifact.Info, reason error) error {
+	stat, err := os.Lstat(s.artifactPath(info.Key))
+	if err != nil || stat.Size() != info.Size || !stat.ModTime().Equal(info.StoredAt) {
+		return nil
+	}
+	if err := s.setAside(info.Key, stat, reason); !errors.Is(err, cache.ErrNotFound) {
+		return err
+	}
+	return nil
+}
+
+// setAside moves what is stored under key into quarantine, if it is still the file that stat
+// describes, and returns cache.ErrNotFound.
+func (s *Store) setAside(key artifact.Key, stat fs.FileInfo, reason error) error {
+	err := s.moveAside(key, stat, reason)
+	if errors.Is(err, cache.ErrNotFound) && s.scope != artifact.DefaultScope {
+		s.removeEmpty(shard(key))
+	}
+	return err
+}
+
+func (s *Store) moveAside(key artifact.Key, stat fs.FileInfo, reason error) error {
+	lock := s.aside.of(key.String()) // or else what is moved may be a new artifact, uploaded since somebody else moved the old one
+	lock.Lock()
+	defer lock.Unlock()
+	path := s.artifactPath(key)
+	if now, err := os.Lstat(path); err != nil || !os.SameFile(now, stat) {
+		return cache.ErrNotFound // somebody else did
+	}
+	size := s.diskSize(key, stat)
+	os.Remove(s.memoPath(key)) // while it can't be a new artifact's
+	if err := s.quarantine(path, reason); err != nil {
+		return fmt.Errorf("set damaged artifact %s aside: %w", key, translate(err))
+	}
+	s.observer.Removed(key.In(s.scope), size)
+	return cache.ErrNotFound
+}
+
+// quarantine moves a file into quarantine, where it has its own name with something unique behind it, and the scope in
+// front of it unless that is the default one.
+func (s *Store) quarantine(path string, reason error) error {
+	dir := filepath.Join(s.dir, ownDir, quarantineDir)
+	extension := filepath.Ext(path)
+	target := filepath.Join(dir, s.quarantinePrefix()+strings.TrimSuffix(filepath.Base(path), extension)+"-"+rand.Text())
+	move := func() error {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		return os.Rename(path, target+extension)
+	}
+	err := move()
+	// The error does not tell which of the directories can't be written. One that is moved must be, too.
+	if errors.Is(err, fs.ErrPermission) {
+		s.mendDirs(filepath.Dir(path), path)
+		err = move()
+	}
+	if err != nil && s.mendQuarantine() {
+		err = move()
+	}
+	if err != nil {
+		return err
+	}
+	if stat, err := os.Lstat(target + extension); err == nil {
+		s.space.own.Add(blocks(stat) + blockSize)
+	}
+	s.log.Warn("set a file aside", "path", path, "reason", reason, "to", target+extension)
+	if err := os.WriteFile(target+reasonExtension, []byte(reason.Error()+"\n"), 0o644); err != nil {
+		s.log.Warn("could not write down why", "path", path, "error", err)
+	}
+	return nil
 }

@@ -39,7 +39,7 @@ type call struct {
 }
 
 // serveCall handles one call.
-func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(*call) error) error {
+func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) error {
 	ctx := stream.Context()
 	client, _ := peer.FromContext(ctx)
 	if s.log.Enabled(ctx, LevelTrace) {
@@ -52,7 +52,7 @@ func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(
 	c.sending = newPace(s.config.StallTimeout, s.config.MinDownloadRate, c.takesTooSlowly)
 	c.conn.begin(c)
 	defer c.end()
-	return s.call(ctx, method, func() error { return handle(c) })
+	return s.call(ctx, method, func(ctx context.Context) error { return handle(&admittedStream{c, ctx}) })
 }
 
 // RecvMsg implements grpc.ServerStream.

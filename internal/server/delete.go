@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 
+	"google.golang.org/protobuf/proto"
+
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
@@ -18,11 +20,12 @@ func (a *artifactService) DeleteArtifact(ctx context.Context, request *cachev1.D
 	if err != nil {
 		return nil, err
 	}
-	if err := a.server.cache.Delete(ctx, key); err != nil {
-		a.recheck(key.In(artifact.DefaultScope), err)
+	caller := a.server.caller(ctx)
+	if err := caller.cache.Delete(ctx, key); err != nil {
+		a.recheck(key.In(caller.writes()), err)
 		return nil, err
 	}
-	a.server.log.InfoContext(ctx, "deleted an artifact", "key", key)
+	a.server.log.InfoContext(ctx, "deleted an artifact", "scope", caller.writes(), "key", key)
 	return &cachev1.DeleteArtifactResponse{}, nil
 }
 
@@ -38,11 +41,11 @@ func (a *artifactService) DeleteArtifacts(ctx context.Context, request *cachev1.
 	if err != nil {
 		return nil, err
 	}
-	filter, err := filterOf(request.GetFilter())
+	filter, err := filterOf(request.GetFilter(), a.server.caller(ctx).changes())
 	if err != nil {
 		return nil, err
 	}
-	if filter.Empty() != request.GetAll() {
+	if matchesAll(request.GetFilter()) != request.GetAll() {
 		return nil, fmt.Errorf("%w: give a filter, or set all to delete everything that is not pinned, and not both", errInvalidRequest)
 	}
 	if filter.Pinned == nil {
@@ -60,6 +63,16 @@ func (a *artifactService) DeleteArtifacts(ctx context.Context, request *cachev1.
 		return nil, err
 	}
 	return &cachev1.DeleteArtifactsResponse{Removals: groupMessages(groups), More: more}, nil
+}
+
+// matchesAll says whether a filter matches everything in some scopes.
+func matchesAll(f *cachev1.ArtifactFilter) bool {
+	if f == nil {
+		return true
+	}
+	without := proto.CloneOf(f)
+	without.Scopes = nil
+	return proto.Equal(without, &cachev1.ArtifactFilter{})
 }
 
 // deleteAll deletes at most maxRemovals artifacts that match, and says whether there are more. What fails does

@@ -1,6 +1,12 @@
 package server
 
-import "net/http"
+import (
+	"net/http"
+
+	"google.golang.org/grpc"
+
+	"github.com/polykit/polykit-cache/internal/auth"
+)
 
 // Routes returns the routes over REST, each as "METHOD /path", so that tests can compare them with
 // what is documented.
@@ -20,3 +26,29 @@ func (s *Server) Requests() int { return int(s.requests.Load()) }
 
 // Download returns w as a download of an artifact writes to it.
 func Download(w http.ResponseWriter) http.ResponseWriter { return &download{ResponseWriter: w} }
+
+// Calls returns the full names of all methods that both gRPC servers have.
+func (s *Server) Calls() []string {
+	var calls []string
+	for _, server := range []*grpc.Server{s.grpc, s.native} {
+		for service, info := range server.GetServiceInfo() {
+			for _, method := range info.Methods {
+				calls = append(calls, "/"+service+"/"+method.Name)
+			}
+		}
+	}
+	return calls
+}
+
+// Action returns what a call does, or as Routes has it a route; 0 if nothing says so.
+func (s *Server) Action(name string) auth.Action {
+	for _, r := range s.routes(http.NotFoundHandler()) {
+		if name == r.method+" "+r.path {
+			return r.action
+		}
+	}
+	return actions[name]
+}
+
+// Anyone is the action that needs no credential.
+const Anyone = anyone

@@ -40,7 +40,7 @@ func (s *Server) newGRPC() *grpc.Server {
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.UnaryInterceptor(func(ctx context.Context, request any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (response any, err error) {
-			err = s.call(ctx, info.FullMethod, func() error {
+			err = s.call(ctx, info.FullMethod, func(ctx context.Context) error {
 				response, err = next(ctx, request)
 				return err
 			})
@@ -50,7 +50,9 @@ func (s *Server) newGRPC() *grpc.Server {
 			ctx := stream.Context()
 			messages := ctx.Value(messagesKey{}).(*messages)
 			messages.streaming.Store(true)
-			return s.call(ctx, info.FullMethod, func() error { return next(service, &messageStream{stream, messages}) })
+			return s.call(ctx, info.FullMethod, func(ctx context.Context) error {
+				return next(service, &admittedStream{&messageStream{stream, messages}, ctx})
+			})
 		}),
 	)
 	s.register(server)
@@ -64,8 +66,9 @@ func (s *Server) register(server reflection.GRPCServer) {
 	reflection.Register(server)
 }
 
-// call runs one gRPC call. What it returns is a status for the client; the error itself is logged.
-func (s *Server) call(ctx context.Context, method string, run func() error) (err error) {
+// call runs one gRPC call, if whoever makes it may. What it returns is a status for the client; the error itself is
+// logged.
+func (s *Server) call(ctx context.Context, method string, run func(context.Context) error) (err error) {
 	defer func() {
 		// Unlike net/http, gRPC lets a panic end the process.
 		if p := recover(); p != nil {
@@ -78,7 +81,11 @@ func (s *Server) call(ctx context.Context, method string, run func() error) (err
 			err = f.grpcStatus().Err()
 		}
 	}()
-	return run()
+	admitted, err := s.admitCall(ctx, method)
+	if err != nil {
+		return err
+	}
+	return run(admitted)
 }
 
 // artifactService speaks for the cache. Its errors are not statuses yet, so that the gateway, which
@@ -121,14 +128,14 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 		}
 	}
 	chunks := &chunkReader{stream: stream, incoming: messages}
-	info, err := a.server.cache.Put(stream.Context(), key, size, chunks)
+	info, err := a.server.caller(stream.Context()).cache.Put(stream.Context(), key, size, chunks)
 	if chunks.invalid != nil {
 		return chunks.invalid
 	}
 	if err != nil {
 		return err
 	}
-	a.server.logStored(stream.Context(), info)
+	a.server.stored(stream.Context(), info)
 	return stream.SendAndClose(&cachev1.PutArtifactResponse{Artifact: message(info)})
 }
 
@@ -164,7 +171,7 @@ func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, strea
 	if offset < 0 || length < 0 {
 		return fmt.Errorf("%w: offset is %d and length %d; neither must be negative", errInvalidRequest, offset, length)
 	}
-	file, info, err := a.server.cache.Get(stream.Context(), key)
+	file, info, err := a.server.caller(stream.Context()).cache.Get(stream.Context(), key)
 	if err != nil {
 		return err
 	}
@@ -202,7 +209,7 @@ func (a *artifactService) StatArtifact(ctx context.Context, request *cachev1.Sta
 	if err != nil {
 		return nil, err
 	}
-	info, err := a.server.cache.Stat(ctx, key)
+	info, err := a.server.caller(ctx).cache.Stat(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -223,7 +230,7 @@ func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev
 	if err != nil {
 		return nil, fmt.Errorf("%w: page_token is not one that this server gave out", errInvalidRequest)
 	}
-	files, err := a.server.cache.Files(ctx, key)
+	files, err := a.server.caller(ctx).cache.Files(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -245,6 +252,7 @@ func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev
 func message(info artifact.Info) *cachev1.Artifact {
 	return &cachev1.Artifact{
 		CacheKey:         info.Key.String(),
+		Scope:            info.Scope.String(),
 		Hash:             info.Hash.String(),
 		Size:             info.Size,
 		UncompressedSize: info.UncompressedSize,

@@ -459,6 +459,11 @@ func (c *sharedConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, metho
 	}
 	request.Header.Set("Content-Type", "application/grpc")
 	request.Header.Set("TE", "trailers")
+	if sent, ok := metadata.FromOutgoingContext(ctx); ok {
+		for name, values := range sent {
+			request.Header[http.CanonicalHeaderKey(name)] = values
+		}
+	}
 	answer := sync.OnceValues(func() (*http.Response, error) { return c.transport.RoundTrip(request) })
 	go answer()
 	return &sharedStream{ctx: ctx, desc: desc, send: send, answer: answer, between: c.between}, nil
@@ -480,7 +485,7 @@ func (s *sharedStream) Trailer() metadata.MD { return nil }
 
 func (s *sharedStream) CloseSend() error { return s.send.Close() }
 
-// SendMsg returns io.EOF once the call has ended, as grpc.ClientStream wants.
+// SendMsg returns io.EOF once a call that sends several messages has ended, as grpc.ClientStream wants.
 func (s *sharedStream) SendMsg(message any) error {
 	if s.between != nil {
 		s.between()
@@ -490,7 +495,7 @@ func (s *sharedStream) SendMsg(message any) error {
 		return err
 	}
 	frame := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(data)))
-	if _, err := s.send.Write(append(frame, data...)); err != nil {
+	if _, err := s.send.Write(append(frame, data...)); err != nil && s.desc.ClientStreams {
 		return io.EOF
 	}
 	return nil

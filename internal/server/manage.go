@@ -16,6 +16,7 @@ import (
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/index"
 	"github.com/polykit/polykit-cache/internal/retention"
@@ -28,6 +29,8 @@ const (
 	maxListSize     = 1_000
 	// maxKeys is the most keys in one question.
 	maxKeys = 10_000
+	// maxScopes is the most scopes in one filter.
+	maxScopes = 1_000
 	// maxRemovals is the most artifacts that one call removes.
 	maxRemovals = 10_000
 	// maxScopePolicies is the most policies of scopes in one call: each is held against every scope.
@@ -78,7 +81,7 @@ func (a *artifactService) ListArtifacts(ctx context.Context, request *cachev1.Li
 		return nil, err
 	}
 	query := index.Query{Descending: request.GetDescending(), After: request.GetPageToken()}
-	if query.Filter, err = filterOf(request.GetFilter()); err != nil {
+	if query.Filter, err = filterOf(request.GetFilter(), a.server.caller(ctx).sees()); err != nil {
 		return nil, err
 	}
 	var known bool
@@ -125,9 +128,11 @@ func storedMessage(e index.Entry) *cachev1.StoredArtifact {
 	return stored
 }
 
-// filterOf returns what a filter of the wire contract matches.
-func filterOf(f *cachev1.ArtifactFilter) (index.Filter, error) {
+// filterOf returns what a filter of the wire contract matches, in the scopes that the caller may see, which are all
+// if allowed is nil.
+func filterOf(f *cachev1.ArtifactFilter, allowed []artifact.Scope) (index.Filter, error) {
 	filter := index.Filter{
+		Scopes:      allowed,
 		PackageName: f.GetPackageName(),
 		TaskName:    f.GetTaskName(),
 		KeyPrefix:   strings.ToLower(f.GetKeyPrefix()),
@@ -141,6 +146,21 @@ func filterOf(f *cachev1.ArtifactFilter) (index.Filter, error) {
 	}
 	if filter.MinSize < 0 || f.GetMaxSize() < 0 {
 		return filter, fmt.Errorf("%w: min_size and max_size must not be negative", errInvalidRequest)
+	}
+	if names := f.GetScopes(); len(names) > 0 {
+		if len(names) > maxScopes {
+			return filter, fmt.Errorf("%w: there are %d scopes; name at most %d", errInvalidRequest, len(names), maxScopes)
+		}
+		filter.Scopes = []artifact.Scope{}
+		for _, name := range names {
+			scope, err := artifact.ParseScope(name)
+			if err != nil {
+				return filter, err
+			}
+			if allowed == nil || slices.Contains(allowed, scope) { // of others it is not told whether there are any
+				filter.Scopes = append(filter.Scopes, scope)
+			}
+		}
 	}
 	for _, bound := range []struct {
 		name string
@@ -181,7 +201,7 @@ func (a *artifactService) FindMissingArtifacts(ctx context.Context, request *cac
 			return nil, err
 		}
 	}
-	missing, err := a.server.cache.Missing(ctx, keys)
+	missing, err := a.server.caller(ctx).cache.Missing(ctx, keys)
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +225,36 @@ func (a *artifactService) pin(ctx context.Context, digits string, pinned bool) e
 	if err != nil {
 		return err
 	}
-	return a.server.cache.Pin(ctx, key, pinned)
+	return a.server.caller(ctx).cache.Pin(ctx, key, pinned)
+}
+
+func (a *artifactService) PromoteArtifact(ctx context.Context, request *cachev1.PromoteArtifactRequest) (*cachev1.PromoteArtifactResponse, error) {
+	key, err := a.key(request.GetCacheKey())
+	if err != nil {
+		return nil, err
+	}
+	caller := a.server.caller(ctx)
+	if caller.access == nil {
+		return nil, errNoScopes
+	}
+	from, err := artifact.ParseScope(request.GetFromScope())
+	if err != nil {
+		return nil, err
+	}
+	to, err := artifact.ParseScope(request.GetToScope())
+	if err != nil {
+		return nil, err
+	}
+	if err := caller.access.MayPromote(from, to); err != nil {
+		a.server.refusals.count(err)
+		return nil, err
+	}
+	info, err := caller.cache.Promote(ctx, from, to, key)
+	if err != nil {
+		return nil, err
+	}
+	a.server.log.InfoContext(ctx, "promoted an artifact", "key", key, "from", from, "to", to, "by", caller.access.Who)
+	return &cachev1.PromoteArtifactResponse{Artifact: message(info)}, nil
 }
 
 func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.GetCacheStatsRequest) (*cachev1.GetCacheStatsResponse, error) {
@@ -230,8 +279,10 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	if err != nil {
 		return nil, err
 	}
+	agreed, differed := a.server.comparisons.counts()
 	policy := m.Collector.Policy()
 	response := &cachev1.GetCacheStatsResponse{
+		Comparisons:   &cachev1.ComparisonStats{AgreedCount: agreed, DifferedCount: differed},
 		Total:         sumsMessage(stats.Total, stats.Usage),
 		SinceStart:    usageMessage(stats.SinceStart),
 		StartedAt:     timestamppb.New(stats.StartedAt),
@@ -248,6 +299,16 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	}
 	for _, q := range quarantined {
 		response.Storage.QuarantinedSize += q.DiskSize
+	}
+	if !a.server.caller(ctx).may(auth.Operate) { // names of other scopes' packages, and of scopes
+		return response, nil
+	}
+	scopes, err := m.Index.Scopes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range scopes {
+		response.Scopes = append(response.Scopes, &cachev1.ScopeStats{Scope: s.Scope.String(), ArtifactCount: s.Artifacts, Size: s.Size, DiskSize: s.DiskSize})
 	}
 	for _, t := range stats.Tasks {
 		response.Tasks = append(response.Tasks, &cachev1.TaskStats{PackageName: t.PackageName, TaskName: t.TaskName, Stats: sumsMessage(t.Sums, t.Usage)})
@@ -425,7 +486,7 @@ func (a *artifactService) ListQuarantine(_ context.Context, request *cachev1.Lis
 		response.NextPageToken = fmt.Sprintf("%d-%s", files[size-1].At.UnixNano(), files[size-1].Name)
 	}
 	for _, q := range files {
-		file := &cachev1.QuarantinedFile{Name: q.Name, Size: q.Size, Reason: q.Reason, QuarantinedAt: timestamppb.New(q.At)}
+		file := &cachev1.QuarantinedFile{Scope: q.Scope.String(), Name: q.Name, Size: q.Size, Reason: q.Reason, QuarantinedAt: timestamppb.New(q.At)}
 		if (q.Key != artifact.Key{}) {
 			file.CacheKey = q.Key.String()
 		}

@@ -74,14 +74,14 @@ func TestMetadata(t *testing.T) {
 			files: map[string]string{"dist/index.js": "console.log(1)\n", "stderr.txt": "", "stdout.txt": "built\n"},
 			json: `{"cache_key":"` + keyA + `","hash":"<hash>","size":"<size>","uncompressed_size":"21","file_count":"3",` +
 				`"package_name":"web","task_name":"build","command":"npm run build",` +
-				`"created_at":"2023-11-14T22:13:20Z","stored_at":"<stored_at>"}`,
+				`"created_at":"2023-11-14T22:13:20Z","stored_at":"<stored_at>","scope":"default"}`,
 			want: &cachev1.Artifact{UncompressedSize: 21, FileCount: 3},
 		},
 		{
 			name: "of no files",
 			json: `{"cache_key":"` + keyA + `","hash":"<hash>","size":"<size>","uncompressed_size":"0","file_count":"0",` +
 				`"package_name":"web","task_name":"build","command":"npm run build",` +
-				`"created_at":"2023-11-14T22:13:20Z","stored_at":"<stored_at>"}`,
+				`"created_at":"2023-11-14T22:13:20Z","stored_at":"<stored_at>","scope":"default"}`,
 			want: &cachev1.Artifact{},
 		},
 	}
@@ -102,7 +102,7 @@ func TestMetadata(t *testing.T) {
 					want.CacheKey, want.Hash, want.Size = keyA, hashOf(content), int64(len(content))
 					want.PackageName, want.TaskName, want.Command = "web", "build", "npm run build"
 					want.CreatedAt = &timestamppb.Timestamp{Seconds: 1700000000}
-					want.StoredAt = timestamppb.New(info.StoredAt)
+					want.StoredAt, want.Scope = timestamppb.New(info.StoredAt), "default"
 					if err != nil || !proto.Equal(got.artifact, want) {
 						t.Errorf("got %v, %v; want %v", got.artifact, err, want)
 					}

@@ -80,7 +80,7 @@ func (n *nativeRegistrar) RegisterService(desc *grpc.ServiceDesc, service any) {
 	add := func(stream grpc.StreamDesc, handle grpc.StreamHandler) {
 		method := "/" + desc.ServiceName + "/" + stream.StreamName
 		stream.Handler = func(service any, stream grpc.ServerStream) error {
-			return n.server.serveCall(method, stream, func(c *call) error { return handle(service, c) })
+			return n.server.serveCall(method, stream, func(admitted grpc.ServerStream) error { return handle(service, admitted) })
 		}
 		native.Streams = append(native.Streams, stream)
 	}

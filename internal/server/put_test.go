@@ -313,6 +313,7 @@ func chunks(content []byte, size int) []*cachev1.PutArtifactRequest {
 // knownOfA is what is known of artifactA, but for the time when it was stored.
 func knownOfA() *cachev1.Artifact {
 	return &cachev1.Artifact{
+		Scope:            "default",
 		CacheKey:         keyA,
 		Hash:             hashOf(artifactA),
 		Size:             5641,

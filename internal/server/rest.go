@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
 )
 
 // putArtifact is PUT /v1/artifacts/{cache_key}.
@@ -21,7 +22,7 @@ func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 	var info artifact.Info
 	if err == nil {
 		body := s.paceBody(w, r)
-		info, err = s.cache.Put(r.Context(), key, r.ContentLength, body)
+		info, err = s.caller(r.Context()).cache.Put(r.Context(), key, r.ContentLength, body)
 		body.pace.stop("send")
 	}
 	if err != nil {
@@ -29,7 +30,7 @@ func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusCreated)
-	s.logStored(r.Context(), info)
+	s.stored(r.Context(), info)
 }
 
 // getArtifact is GET /v1/artifacts/{cache_key}.
@@ -39,7 +40,7 @@ func (s *Server) getArtifact(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
-	file, info, err := s.cache.Get(r.Context(), key)
+	file, info, err := s.caller(r.Context()).cache.Get(r.Context(), key)
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -55,7 +56,7 @@ func (s *Server) headArtifact(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
-	info, err := s.cache.Stat(r.Context(), key)
+	info, err := s.caller(r.Context()).cache.Stat(r.Context(), key)
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -232,6 +233,9 @@ func (d *download) cutShort() error {
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	f := faultOf(err)
 	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
+	if refusal, ok := errors.AsType[*auth.Error](err); ok && f.status == http.StatusUnauthorized {
+		w.Header()["Www-Authenticate"] = refusal.Challenges()
+	}
 	if errors.Is(err, errTooSlow) && r.ProtoMajor == 1 {
 		w.Header().Set("Connection", "close")
 	}

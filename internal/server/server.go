@@ -7,6 +7,8 @@
 //	                                       ├ JSON methods: grpc-gateway ── the same ArtifactService
 //	                                       └ /healthz, /readyz, /openapi.json
 //
+// Who may do what is decided in one place for all of them, in identity.go, before any of a body is read.
+//
 // A connection on which a gRPC client speaks for itself is found by how it begins, in greeting.go, and
 // goes to grpc-go's own transport, in native.go, which takes less than half of the time that net/http
 // takes for it. All others are net/http's: there REST and gRPC can be mixed, as by proxies. TLS is below
@@ -26,7 +28,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -34,18 +35,16 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cache"
 )
 
@@ -79,6 +78,8 @@ type Config struct {
 	// TLS is how the server speaks TLS, for which it must offer "h2" and "http/1.1" (NextProtos), and with
 	// every handshake anew if it has GetConfigForClient. Nil means clear text.
 	TLS *tls.Config
+	// Auth says who may do what. Nil means that everybody may do everything, in the default scope.
+	Auth *auth.Authenticator
 	// Management is what the methods need that are for those who run a cache. Without it they refuse.
 	Management *Management
 }
@@ -103,23 +104,29 @@ const LevelTrace = slog.LevelDebug - 4
 
 // Server serves a cache.
 type Server struct {
-	config     Config
-	cache      *cache.Cache
-	management *Management
-	log        *slog.Logger
-	http       *http.Server
-	grpc       *grpc.Server // behind http
-	native     *grpc.Server // for the connections of gRPC clients
-	health     *health.Server
-	requests   atomic.Int64  // in flight
-	writing    atomic.Int64  // Writes in progress on native's connections
-	draining   chan struct{} // closed when Serve begins to shut down
-	idle       chan struct{} // told when there are no requests in flight while draining
+	config      Config
+	cache       *cache.Cache
+	management  *Management
+	log         *slog.Logger
+	http        *http.Server
+	grpc        *grpc.Server // behind http
+	native      *grpc.Server // for the connections of gRPC clients
+	health      *health.Server
+	requests    atomic.Int64  // in flight
+	writing     atomic.Int64  // Writes in progress on native's connections
+	draining    chan struct{} // closed when Serve begins to shut down
+	idle        chan struct{} // told when there are no requests in flight while draining
+	everybody   *caller       // who sends requests, as long as nobody is told from others
+	refusals    refusals
+	comparisons comparisons
 }
 
 // New returns a server for a cache.
 func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
-	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
+	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1), everybody: &caller{cache: c}}
+	if config.Auth != nil && config.Management != nil {
+		s.comparisons.queue = make(chan artifact.Info, maxComparisons)
+	}
 	s.grpc, s.native = s.newGRPC(), s.newNative()
 	rest := s.newREST()
 
@@ -214,6 +221,13 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		native.deliver(s.newNativeConn(conn, came, limited.closed))
 	})
 	s.http.ConnState = limited.changed
+	if s.comparisons.queue != nil {
+		comparing, stop := context.WithCancel(context.WithoutCancel(ctx))
+		var compared sync.WaitGroup
+		defer compared.Wait()
+		defer stop()
+		compared.Go(func() { s.comparisons.run(comparing, s.management, s.log) })
+	}
 	failed := make(chan error, 1)
 	go s.native.Serve(native)
 	go func() { failed <- s.http.Serve(limited) }()
@@ -294,28 +308,32 @@ func (s *Server) notDraining() error {
 // route is one path over REST.
 type route struct {
 	method, path string
+	action       auth.Action // what it does
 	handle       http.HandlerFunc
 }
 
 func (s *Server) routes(gateway http.Handler) []route {
+	// A JSON method does what the call does that it stands for.
+	json := func(method, path, call string) route { return route{method, path, actions[call], gateway.ServeHTTP} }
 	return []route{
-		{http.MethodPut, "/v1/artifacts/{cache_key}", s.whileServing(s.putArtifact)},
-		{http.MethodGet, "/v1/artifacts/{cache_key}", s.whileServing(s.getArtifact)},
-		{http.MethodHead, "/v1/artifacts/{cache_key}", s.whileServing(s.headArtifact)},
-		{http.MethodGet, "/v1/artifacts/{cache_key}/metadata", gateway.ServeHTTP},
-		{http.MethodGet, "/v1/artifacts/{cache_key}/files", gateway.ServeHTTP},
-		{http.MethodGet, "/v1/artifacts", gateway.ServeHTTP},
-		{http.MethodDelete, "/v1/artifacts/{cache_key}", gateway.ServeHTTP},
-		{http.MethodPost, "/v1/artifacts:delete", gateway.ServeHTTP},
-		{http.MethodPost, "/v1/artifacts:findMissing", gateway.ServeHTTP},
-		{http.MethodPost, "/v1/artifacts:collectGarbage", gateway.ServeHTTP},
-		{http.MethodPut, "/v1/artifacts/{cache_key}/pin", gateway.ServeHTTP},
-		{http.MethodDelete, "/v1/artifacts/{cache_key}/pin", gateway.ServeHTTP},
-		{http.MethodGet, "/v1/stats", gateway.ServeHTTP},
-		{http.MethodGet, "/v1/quarantine", gateway.ServeHTTP},
-		{http.MethodGet, "/healthz", s.healthz},
-		{http.MethodGet, "/readyz", s.readyz},
-		{http.MethodGet, "/openapi.json", s.openAPI},
+		{http.MethodPut, "/v1/artifacts/{cache_key}", auth.Write, s.whileServing(s.putArtifact)},
+		{http.MethodGet, "/v1/artifacts/{cache_key}", auth.Read, s.whileServing(s.getArtifact)},
+		{http.MethodHead, "/v1/artifacts/{cache_key}", auth.Read, s.whileServing(s.headArtifact)},
+		json(http.MethodGet, "/v1/artifacts/{cache_key}/metadata", cachev1.ArtifactService_StatArtifact_FullMethodName),
+		json(http.MethodGet, "/v1/artifacts/{cache_key}/files", cachev1.ArtifactService_ListArtifactFiles_FullMethodName),
+		json(http.MethodGet, "/v1/artifacts", cachev1.ArtifactService_ListArtifacts_FullMethodName),
+		json(http.MethodDelete, "/v1/artifacts/{cache_key}", cachev1.ArtifactService_DeleteArtifact_FullMethodName),
+		json(http.MethodPost, "/v1/artifacts:delete", cachev1.ArtifactService_DeleteArtifacts_FullMethodName),
+		json(http.MethodPost, "/v1/artifacts:findMissing", cachev1.ArtifactService_FindMissingArtifacts_FullMethodName),
+		json(http.MethodPost, "/v1/artifacts:collectGarbage", cachev1.ArtifactService_CollectGarbage_FullMethodName),
+		json(http.MethodPut, "/v1/artifacts/{cache_key}/pin", cachev1.ArtifactService_PinArtifact_FullMethodName),
+		json(http.MethodDelete, "/v1/artifacts/{cache_key}/pin", cachev1.ArtifactService_UnpinArtifact_FullMethodName),
+		json(http.MethodPost, "/v1/artifacts/{cache_key}/promote", cachev1.ArtifactService_PromoteArtifact_FullMethodName),
+		json(http.MethodGet, "/v1/stats", cachev1.ArtifactService_GetCacheStats_FullMethodName),
+		json(http.MethodGet, "/v1/quarantine", cachev1.ArtifactService_ListQuarantine_FullMethodName),
+		{http.MethodGet, "/healthz", anyone, s.healthz},
+		{http.MethodGet, "/readyz", anyone, s.readyz},
+		{http.MethodGet, "/openapi.json", anyone, s.openAPI},
 	}
 }
 
@@ -324,7 +342,7 @@ func (s *Server) newREST() http.Handler {
 	mux := http.NewServeMux()
 	allowed := map[string][]string{}
 	for _, route := range s.routes(s.newGateway()) {
-		mux.HandleFunc(route.method+" "+route.path, route.handle)
+		mux.HandleFunc(route.method+" "+route.path, s.admitted(route.action, route.handle))
 		allowed[route.path] = append(allowed[route.path], route.method)
 	}
 	for path, methods := range allowed {
@@ -353,6 +371,13 @@ func (s *Server) newREST() http.Handler {
 			s.noRoute(w, r)
 			return
 		}
+		if strings.HasPrefix(r.URL.Path, "/t/") {
+			var found bool
+			if r, found = inScope(r); !found {
+				s.noRoute(w, r)
+				return
+			}
+		}
 		// The mux would redirect to the clean path, but a path that needs cleaning is just unknown.
 		if clean := path.Clean(r.URL.Path); clean != r.URL.Path && (clean == "/" || clean+"/" != r.URL.Path) {
 			s.noRoute(w, r)
@@ -377,57 +402,6 @@ func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
 	s.refuse(w, r, fmt.Errorf("%w: artifacts are at /v1/artifacts/{cache_key}, and /openapi.json describes the API", errNoRoute))
 }
 
-// newGateway returns the JSON methods.
-func (s *Server) newGateway() http.Handler {
-	gateway := runtime.NewServeMux(
-		runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.JSONPb{
-			MarshalOptions: protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true},
-		}),
-		runtime.WithErrorHandler(func(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, err error) {
-			if st, ok := status.FromError(err); ok && st.Code() == codes.InvalidArgument {
-				err = fmt.Errorf("%w: %s", errInvalidRequest, st.Message()) // the gateway's own, of a parameter
-			}
-			s.refuse(w, r, err)
-		}),
-	)
-	if err := cachev1.RegisterArtifactServiceHandlerServer(context.Background(), gateway, &artifactService{server: s}); err != nil {
-		panic(err) // two rules for one path: a programming error
-	}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// The gateway takes a path apart after it was unescaped, and does not find a key with a slash.
-		if digits := r.PathValue("cache_key"); strings.Contains(digits, "/") {
-			_, err := artifact.ParseKey(digits)
-			s.refuse(w, r, err)
-			return
-		}
-		if r.Body != http.NoBody {
-			r.Body = &boundedBody{ReadCloser: r.Body, left: maxMessageSize}
-		}
-		if r.Method == http.MethodHead { // net/http leaves the body out
-			r = r.Clone(r.Context())
-			r.Method = http.MethodGet
-		}
-		gateway.ServeHTTP(w, r)
-	})
-}
-
-// boundedBody is the body of a request that the gateway reads, and keeps, as a whole. Who reads on after the
-// error gets the rest, to throw it away.
-type boundedBody struct {
-	io.ReadCloser
-	left int // bytes
-}
-
-func (b *boundedBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	before := b.left
-	b.left -= min(n, before+1)
-	if before >= 0 && b.left < 0 {
-		return 0, fmt.Errorf("the body has more than %d bytes", maxMessageSize)
-	}
-	return n, err
-}
-
 // healthz says that the process serves requests.
 func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
@@ -450,9 +424,10 @@ func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
 	w.Write(cachev1.OpenAPI)
 }
 
-// logStored logs an upload.
-func (s *Server) logStored(ctx context.Context, info artifact.Info) {
-	s.log.InfoContext(ctx, "stored an artifact", "key", info.Key, "size", info.Size, "files", info.FileCount,
+// stored is told of an upload whose answer is on its way.
+func (s *Server) stored(ctx context.Context, info artifact.Info) {
+	s.comparisons.add(info)
+	s.log.InfoContext(ctx, "stored an artifact", "scope", info.Scope, "key", info.Key, "size", info.Size, "files", info.FileCount,
 		"package", info.PackageName, "task", info.TaskName)
 }
 
@@ -472,11 +447,15 @@ func (s *Server) logFault(ctx context.Context, request string, f fault, err erro
 		level = slog.LevelError
 	case http.StatusInsufficientStorage, http.StatusServiceUnavailable:
 		level = slog.LevelWarn
-	case http.StatusUnprocessableEntity, http.StatusRequestEntityTooLarge:
+	case http.StatusUnprocessableEntity, http.StatusRequestEntityTooLarge, http.StatusUnauthorized, http.StatusForbidden:
 		level = slog.LevelInfo
 	}
 	if !s.log.Enabled(ctx, level) {
 		return
 	}
-	s.log.Log(ctx, level, "request failed", "request", request, "status", f.status, "reason", f.reason, "error", err)
+	attributes := []any{"request", request, "status", f.status, "reason", f.reason, "error", err}
+	if refusal, ok := errors.AsType[*auth.Error](err); ok { // the client is told less
+		attributes = append(attributes, "refused", refusal.Reason, "detail", refusal.Detail)
+	}
+	s.log.Log(ctx, level, "request failed", attributes...)
 }

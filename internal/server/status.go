@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/index"
 )
@@ -43,6 +44,11 @@ var faults = []fault{
 	{artifact.ErrInvalidKey, codes.InvalidArgument, "INVALID_CACHE_KEY", http.StatusBadRequest, ""},
 	{errInvalidRequest, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
 	{cache.ErrSizeMismatch, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
+	{auth.ErrUnauthenticated, codes.Unauthenticated, "UNAUTHENTICATED", http.StatusUnauthorized, ""},
+	{auth.ErrForbidden, codes.PermissionDenied, "PERMISSION_DENIED", http.StatusForbidden, ""},
+	{auth.ErrUnavailable, codes.Unavailable, "AUTHENTICATION_UNAVAILABLE", http.StatusServiceUnavailable, ""},
+	{artifact.ErrInvalidScope, codes.InvalidArgument, "INVALID_SCOPE", http.StatusBadRequest, ""},
+	{errNoScopes, codes.NotFound, "NO_SCOPES", http.StatusNotFound, ""},
 	{errCrossOrigin, codes.PermissionDenied, "PERMISSION_DENIED", http.StatusForbidden, "A web page of another site must not change what is stored"},
 	{cache.ErrNotFound, codes.NotFound, "ARTIFACT_NOT_FOUND", http.StatusNotFound, "Artifact not found"},
 	{cache.ErrExists, codes.AlreadyExists, "ARTIFACT_EXISTS", http.StatusConflict, ""},

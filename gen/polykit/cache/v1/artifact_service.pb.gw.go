@@ -395,6 +395,51 @@ func local_request_ArtifactService_CollectGarbage_0(ctx context.Context, marshal
 	return msg, metadata, err
 }
 
+func request_ArtifactService_PromoteArtifact_0(ctx context.Context, marshaler runtime.Marshaler, client ArtifactServiceClient, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq PromoteArtifactRequest
+		metadata runtime.ServerMetadata
+		err      error
+	)
+	if err := marshaler.NewDecoder(req.Body).Decode(&protoReq); err != nil && !errors.Is(err, io.EOF) {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "%v", err)
+	}
+	val, ok := pathParams["cache_key"]
+	if !ok {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "missing parameter %s", "cache_key")
+	}
+	protoReq.CacheKey, err = runtime.String(val)
+	if err != nil {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "type mismatch, parameter: %s, error: %v", "cache_key", err)
+	}
+	if req.Body != nil {
+		_, _ = io.Copy(io.Discard, req.Body)
+	}
+	msg, err := client.PromoteArtifact(ctx, &protoReq, grpc.Header(&metadata.HeaderMD), grpc.Trailer(&metadata.TrailerMD))
+	return msg, metadata, err
+}
+
+func local_request_ArtifactService_PromoteArtifact_0(ctx context.Context, marshaler runtime.Marshaler, server ArtifactServiceServer, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq PromoteArtifactRequest
+		metadata runtime.ServerMetadata
+		err      error
+	)
+	if err := marshaler.NewDecoder(req.Body).Decode(&protoReq); err != nil && !errors.Is(err, io.EOF) {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "%v", err)
+	}
+	val, ok := pathParams["cache_key"]
+	if !ok {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "missing parameter %s", "cache_key")
+	}
+	protoReq.CacheKey, err = runtime.String(val)
+	if err != nil {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "type mismatch, parameter: %s, error: %v", "cache_key", err)
+	}
+	msg, err := server.PromoteArtifact(ctx, &protoReq)
+	return msg, metadata, err
+}
+
 var filter_ArtifactService_ListQuarantine_0 = &utilities.DoubleArray{Encoding: map[string]int{}, Base: []int(nil), Check: []int(nil)}
 
 func request_ArtifactService_ListQuarantine_0(ctx context.Context, marshaler runtime.Marshaler, client ArtifactServiceClient, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
@@ -636,6 +681,26 @@ func RegisterArtifactServiceHandlerServer(ctx context.Context, mux *runtime.Serv
 		}
 		forward_ArtifactService_CollectGarbage_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
+	mux.Handle(http.MethodPost, pattern_ArtifactService_PromoteArtifact_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		var stream runtime.ServerTransportStream
+		ctx = grpc.NewContextWithServerTransportStream(ctx, &stream)
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateIncomingContext(ctx, mux, req, "/polykit.cache.v1.ArtifactService/PromoteArtifact", runtime.WithHTTPPathPattern("/v1/artifacts/{cache_key}/promote"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := local_request_ArtifactService_PromoteArtifact_0(annotatedContext, inboundMarshaler, server, req, pathParams)
+		md.HeaderMD, md.TrailerMD = metadata.Join(md.HeaderMD, stream.Header()), metadata.Join(md.TrailerMD, stream.Trailer())
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_ArtifactService_PromoteArtifact_0(annotatedContext, mux, outboundMarshaler, w, req, response_ArtifactService_PromoteArtifact_0{resp.(*PromoteArtifactResponse)}, mux.GetForwardResponseOptions()...)
+	})
 	mux.Handle(http.MethodGet, pattern_ArtifactService_ListQuarantine_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
 		ctx, cancel := context.WithCancel(req.Context())
 		defer cancel()
@@ -866,6 +931,23 @@ func RegisterArtifactServiceHandlerClient(ctx context.Context, mux *runtime.Serv
 		}
 		forward_ArtifactService_CollectGarbage_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
+	mux.Handle(http.MethodPost, pattern_ArtifactService_PromoteArtifact_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateContext(ctx, mux, req, "/polykit.cache.v1.ArtifactService/PromoteArtifact", runtime.WithHTTPPathPattern("/v1/artifacts/{cache_key}/promote"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := request_ArtifactService_PromoteArtifact_0(annotatedContext, inboundMarshaler, client, req, pathParams)
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_ArtifactService_PromoteArtifact_0(annotatedContext, mux, outboundMarshaler, w, req, response_ArtifactService_PromoteArtifact_0{resp.(*PromoteArtifactResponse)}, mux.GetForwardResponseOptions()...)
+	})
 	mux.Handle(http.MethodGet, pattern_ArtifactService_ListQuarantine_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
 		ctx, cancel := context.WithCancel(req.Context())
 		defer cancel()
@@ -895,6 +977,15 @@ func (m response_ArtifactService_StatArtifact_0) XXX_ResponseBody() interface{} 
 	return response.Artifact
 }
 
+type response_ArtifactService_PromoteArtifact_0 struct {
+	*PromoteArtifactResponse
+}
+
+func (m response_ArtifactService_PromoteArtifact_0) XXX_ResponseBody() interface{} {
+	response := m.PromoteArtifactResponse
+	return response.Artifact
+}
+
 var (
 	pattern_ArtifactService_StatArtifact_0         = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 1, 0, 4, 1, 5, 2, 2, 3}, []string{"v1", "artifacts", "cache_key", "metadata"}, ""))
 	pattern_ArtifactService_ListArtifactFiles_0    = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 1, 0, 4, 1, 5, 2, 2, 3}, []string{"v1", "artifacts", "cache_key", "files"}, ""))
@@ -906,6 +997,7 @@ var (
 	pattern_ArtifactService_UnpinArtifact_0        = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 1, 0, 4, 1, 5, 2, 2, 3}, []string{"v1", "artifacts", "cache_key", "pin"}, ""))
 	pattern_ArtifactService_GetCacheStats_0        = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "stats"}, ""))
 	pattern_ArtifactService_CollectGarbage_0       = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "artifacts"}, "collectGarbage"))
+	pattern_ArtifactService_PromoteArtifact_0      = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 1, 0, 4, 1, 5, 2, 2, 3}, []string{"v1", "artifacts", "cache_key", "promote"}, ""))
 	pattern_ArtifactService_ListQuarantine_0       = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "quarantine"}, ""))
 )
 
@@ -920,5 +1012,6 @@ var (
 	forward_ArtifactService_UnpinArtifact_0        = runtime.ForwardResponseMessage
 	forward_ArtifactService_GetCacheStats_0        = runtime.ForwardResponseMessage
 	forward_ArtifactService_CollectGarbage_0       = runtime.ForwardResponseMessage
+	forward_ArtifactService_PromoteArtifact_0      = runtime.ForwardResponseMessage
 	forward_ArtifactService_ListQuarantine_0       = runtime.ForwardResponseMessage
 )

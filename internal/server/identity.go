@@ -1,0 +1,222 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"strings"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
+	"github.com/polykit/polykit-cache/internal/cache"
+)
+
+// This file is who may do what. Every request, JSON method and call goes through admit before any of its body is
+// read, and what it needs stands in one table.
+
+// ScopeMetadata is the key of gRPC's metadata that names the scope that a call is about, if not the one that the
+// caller's credential is for. Over REST it is the beginning of the path: /t/{scope}/v1/artifacts.
+const ScopeMetadata = "polykit-cache-scope"
+
+// anyone is what needs no credential: to ask whether the server works, and what its API is.
+const anyone = auth.Action(-1)
+
+// actions are what calls do, and JSON methods, which are the same. One without an action is refused.
+var actions = map[string]auth.Action{
+	cachev1.ArtifactService_PutArtifact_FullMethodName:          auth.Write,
+	cachev1.ArtifactService_GetArtifact_FullMethodName:          auth.Read,
+	cachev1.ArtifactService_StatArtifact_FullMethodName:         auth.Read,
+	cachev1.ArtifactService_ListArtifactFiles_FullMethodName:    auth.Read,
+	cachev1.ArtifactService_FindMissingArtifacts_FullMethodName: auth.Read,
+	cachev1.ArtifactService_ListArtifacts_FullMethodName:        auth.Read,
+	cachev1.ArtifactService_GetCacheStats_FullMethodName:        auth.Read,
+	cachev1.ArtifactService_PinArtifact_FullMethodName:          auth.Administrate,
+	cachev1.ArtifactService_UnpinArtifact_FullMethodName:        auth.Administrate,
+	cachev1.ArtifactService_DeleteArtifact_FullMethodName:       auth.Administrate,
+	cachev1.ArtifactService_DeleteArtifacts_FullMethodName:      auth.Administrate,
+	cachev1.ArtifactService_PromoteArtifact_FullMethodName:      auth.Write, // and what the method asks
+	cachev1.ArtifactService_CollectGarbage_FullMethodName:       auth.Operate,
+	cachev1.ArtifactService_ListQuarantine_FullMethodName:       auth.Operate,
+
+	"/grpc.health.v1.Health/Check":                                   anyone,
+	"/grpc.health.v1.Health/List":                                    anyone,
+	"/grpc.health.v1.Health/Watch":                                   anyone,
+	"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      anyone,
+	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": anyone,
+}
+
+// errNoScopes is told to who asks for a scope of a server that has only one.
+var errNoScopes = errors.New("this server has no scopes: it was started without --auth-file")
+
+// caller is who sent a request, and what of the cache it is about.
+type caller struct {
+	cache  *cache.Cache
+	access *auth.Access // nil if everybody may do everything
+}
+
+type callerKey struct{}
+
+// caller returns who sent the request of a context.
+func (s *Server) caller(ctx context.Context) *caller {
+	if c, ok := ctx.Value(callerKey{}).(*caller); ok {
+		return c
+	}
+	return s.everybody
+}
+
+// may says whether the caller may do something besides what was admitted.
+func (c *caller) may(action auth.Action) bool {
+	return c.access == nil || c.access.May(action) == nil
+}
+
+// sees returns the scopes of which the caller may see what is stored, or nil for all.
+func (c *caller) sees() []artifact.Scope {
+	if c.may(auth.Operate) {
+		return nil
+	}
+	return c.access.Reads
+}
+
+// writes returns the scope that the caller changes.
+func (c *caller) writes() artifact.Scope {
+	if c.access == nil {
+		return artifact.DefaultScope
+	}
+	return c.access.Scope
+}
+
+// changes returns the scopes of which the caller may delete artifacts by a filter, or nil for all: those of an admin
+// of all scopes, or the one that the request is about.
+func (c *caller) changes() []artifact.Scope {
+	if c.may(auth.Operate) {
+		return nil
+	}
+	return []artifact.Scope{c.access.Scope}
+}
+
+// admit returns the context of a request that may do what it is about to do.
+func (s *Server) admit(ctx context.Context, action auth.Action, credentials auth.Credentials) (context.Context, error) {
+	switch {
+	case action == 0:
+		return nil, errors.New("nothing says who may do this")
+	case action == anyone:
+		return ctx, nil
+	case s.config.Auth == nil:
+		if credentials.Scope != "" && credentials.Scope != artifact.DefaultScope.String() {
+			return nil, errNoScopes
+		}
+		return ctx, nil
+	}
+	access, err := s.config.Auth.Authenticate(ctx, credentials)
+	if err == nil {
+		err = access.May(action)
+	}
+	if err != nil {
+		s.refusals.count(err)
+		return nil, err
+	}
+	return context.WithValue(ctx, callerKey{}, &caller{s.cache.In(access.Scope, access.Reads...), access}), nil
+}
+
+// admitted is a handler of requests that do something, for those who may.
+func (s *Server) admitted(action auth.Action, handle http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		credentials := auth.Credentials{Scope: scopeOf(r)}
+		if s.config.Auth != nil {
+			credentials.Authorization, credentials.Certificate = r.Header["Authorization"], ClientCertificate(r.Context())
+		}
+		ctx, err := s.admit(r.Context(), action, credentials)
+		if err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		if ctx != r.Context() {
+			r = r.WithContext(ctx)
+		}
+		handle(w, r)
+	}
+}
+
+// admitCall is admit of a call.
+func (s *Server) admitCall(ctx context.Context, method string) (context.Context, error) {
+	named := metadata.ValueFromIncomingContext(ctx, ScopeMetadata)
+	if len(named) > 1 {
+		return nil, fmt.Errorf("%w: there is more than one %s in the metadata; send one", errInvalidRequest, ScopeMetadata)
+	}
+	credentials := auth.Credentials{Scope: strings.Join(named, "")}
+	if s.config.Auth != nil {
+		credentials.Authorization, credentials.Certificate = metadata.ValueFromIncomingContext(ctx, "authorization"), ClientCertificate(ctx)
+	}
+	return s.admit(ctx, actions[method], credentials)
+}
+
+// admittedStream is the stream of a call that may be made.
+type admittedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (a *admittedStream) Context() context.Context { return a.ctx }
+
+type scopeKey struct{}
+
+// scopeOf returns the scope that the path of a request began with, if it did.
+func scopeOf(r *http.Request) string {
+	name, _ := r.Context().Value(scopeKey{}).(string)
+	return name
+}
+
+// inScope takes the scope from the path of a request that begins with one, and says whether it could.
+func inScope(r *http.Request) (*http.Request, bool) {
+	name, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/t/"), "/")
+	path = "/" + path
+	if name == "" || !strings.HasPrefix(path, "/v1/") {
+		return r, false
+	}
+	in := r.WithContext(context.WithValue(r.Context(), scopeKey{}, name))
+	url := *r.URL
+	url.Path = path
+	if url.RawPath != "" {
+		raw, cut := strings.CutPrefix(url.RawPath, "/t/"+name)
+		if !cut {
+			return r, false // no scope has a name that must be escaped
+		}
+		url.RawPath = raw
+	}
+	in.URL = &url
+	return in, true
+}
+
+// refusals counts requests that were refused, by the reason.
+type refusals struct {
+	mu     sync.Mutex
+	counts map[auth.Reason]int64
+}
+
+func (r *refusals) count(err error) {
+	refusal, ok := errors.AsType[*auth.Error](err)
+	if !ok {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.counts == nil {
+		r.counts = map[auth.Reason]int64{}
+	}
+	r.counts[refusal.Reason]++
+}
+
+// Refusals returns how many requests and calls were refused since the server started for who sent them, by the reason.
+func (s *Server) Refusals() map[auth.Reason]int64 {
+	s.refusals.mu.Lock()
+	defer s.refusals.mu.Unlock()
+	return maps.Clone(s.refusals.counts)
+}
