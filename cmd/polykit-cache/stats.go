@@ -29,7 +29,7 @@ const statsLong = `stats prints how much is stored, what it was good for, and ho
 
 Then it lists the scopes, if there are others than the default one, and the packages and tasks,
 those first that take most. A miss counts for the task whose artifact was then uploaded under the
-key. Both are left out for a token that is not for all scopes.
+key. What is about scopes and tasks is left out for a token that is not for all scopes.
 
 While the index is not complete, as after a crash, the numbers are lower than they should be, and
 it says so on standard error.

@@ -279,10 +279,8 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	if err != nil {
 		return nil, err
 	}
-	agreed, differed := a.server.comparisons.counts()
 	policy := m.Collector.Policy()
 	response := &cachev1.GetCacheStatsResponse{
-		Comparisons:   &cachev1.ComparisonStats{AgreedCount: agreed, DifferedCount: differed},
 		Total:         sumsMessage(stats.Total, stats.Usage),
 		SinceStart:    usageMessage(stats.SinceStart),
 		StartedAt:     timestamppb.New(stats.StartedAt),
@@ -300,9 +298,13 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	for _, q := range quarantined {
 		response.Storage.QuarantinedSize += q.DiskSize
 	}
-	if !a.server.caller(ctx).may(auth.Operate) { // names of other scopes' packages, and of scopes
+	// The rest tells of other scopes: the names of packages and of scopes, and by a comparison that another scope has
+	// the key that the caller just uploaded.
+	if !a.server.caller(ctx).may(auth.Operate) {
 		return response, nil
 	}
+	agreed, differed := a.server.comparisons.counts()
+	response.Comparisons = &cachev1.ComparisonStats{AgreedCount: agreed, DifferedCount: differed}
 	scopes, err := m.Index.Scopes(ctx)
 	if err != nil {
 		return nil, err
