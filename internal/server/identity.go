@@ -59,6 +59,7 @@ var errNoScopes = errors.New("this server has no scopes: it was started without 
 type caller struct {
 	cache  *cache.Cache
 	access *auth.Access // nil if everybody may do everything
+	asked  bool         // the request names the scope that it is about
 }
 
 type callerKey struct{}
@@ -76,10 +77,16 @@ func (c *caller) may(action auth.Action) bool {
 	return c.access == nil || c.access.May(action) == nil
 }
 
-// sees returns the scopes of which the caller may see what is stored, or nil for all.
+// all says whether the request is about all scopes: it names none, and the caller may see and change all.
+func (c *caller) all() bool { return !c.asked && c.may(auth.Operate) }
+
+// sees returns the scopes of which the caller is to see what is stored, or nil for all.
 func (c *caller) sees() []artifact.Scope {
-	if c.may(auth.Operate) {
+	switch {
+	case c.all():
 		return nil
+	case c.access == nil:
+		return []artifact.Scope{artifact.DefaultScope}
 	}
 	return c.access.Reads
 }
@@ -92,13 +99,13 @@ func (c *caller) writes() artifact.Scope {
 	return c.access.Scope
 }
 
-// changes returns the scopes of which the caller may delete artifacts by a filter, or nil for all: those of an admin
-// of all scopes, or the one that the request is about.
+// changes returns the scopes of which artifacts are deleted by a filter, or nil for all: an admin of all scopes who
+// names one means that one, and what is deleted in others would be gone.
 func (c *caller) changes() []artifact.Scope {
-	if c.may(auth.Operate) {
+	if c.all() {
 		return nil
 	}
-	return []artifact.Scope{c.access.Scope}
+	return []artifact.Scope{c.writes()}
 }
 
 // admit returns the context of a request that may do what it is about to do.
@@ -108,11 +115,13 @@ func (s *Server) admit(ctx context.Context, action auth.Action, credentials auth
 		return nil, errors.New("nothing says who may do this")
 	case action == anyone:
 		return ctx, nil
+	case s.config.Auth == nil && credentials.Scope == "":
+		return ctx, nil
 	case s.config.Auth == nil:
-		if credentials.Scope != "" && credentials.Scope != artifact.DefaultScope.String() {
+		if credentials.Scope != artifact.DefaultScope.String() {
 			return nil, errNoScopes
 		}
-		return ctx, nil
+		return context.WithValue(ctx, callerKey{}, &caller{cache: s.cache, asked: true}), nil
 	}
 	access, err := s.config.Auth.Authenticate(ctx, credentials)
 	if err == nil {
@@ -122,7 +131,7 @@ func (s *Server) admit(ctx context.Context, action auth.Action, credentials auth
 		s.refusals.count(err)
 		return nil, err
 	}
-	return context.WithValue(ctx, callerKey{}, &caller{s.cache.In(access.Scope, access.Reads...), access}), nil
+	return context.WithValue(ctx, callerKey{}, &caller{s.cache.In(access.Scope, access.Reads...), access, credentials.Scope != ""}), nil
 }
 
 // admitted is a handler of requests that do something, for those who may.

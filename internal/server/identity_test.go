@@ -64,10 +64,11 @@ const readerToken, writerToken, adminToken, operatorToken = "pkc_reader", "pkc_w
 // guarded is a server that tells callers from each other.
 type guarded struct {
 	*testServer
-	issuer *cachetest.Issuer
-	auth   *auth.Authenticator
-	file   string
-	ahead  atomic.Int64 // nanoseconds that its clock goes ahead
+	issuer  *cachetest.Issuer
+	auth    *auth.Authenticator
+	authLog *recorder
+	file    string
+	ahead   atomic.Int64 // nanoseconds that its clock goes ahead
 }
 
 func startGuarded(t *testing.T, setup setup) *guarded {
@@ -75,8 +76,8 @@ func startGuarded(t *testing.T, setup setup) *guarded {
 	g := &guarded{issuer: cachetest.StartIssuer(t), file: filepath.Join(t.TempDir(), "auth.yaml")}
 	g.write(t, "")
 	var err error
-	log := &recorder{}
-	g.auth, err = auth.New(auth.Config{File: g.file, Log: slog.New(log), HTTPClient: g.issuer.Client(),
+	g.authLog = &recorder{}
+	g.auth, err = auth.New(auth.Config{File: g.file, Log: slog.New(g.authLog), HTTPClient: g.issuer.Client(),
 		Now: func() time.Time { return time.Now().Add(time.Duration(g.ahead.Load())) }})
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,354 @@
+package server_test
+
+import (
+	"bytes"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/artifact"
+	"github.com/polykit/polykit-cache/internal/auth"
+	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/cachetest"
+	"github.com/polykit/polykit-cache/internal/server"
+)
+
+// permissions are what each route and call needs. They are written down here once more, so that nobody changes who
+// may do what without being asked whether that was meant.
+var permissions = map[auth.Action][]string{
+	server.Anyone: {
+		"GET /healthz", "GET /readyz", "GET /openapi.json",
+		"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List", "/grpc.health.v1.Health/Watch",
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+	},
+	auth.Read: {
+		"GET /v1/artifacts/{cache_key}", "HEAD /v1/artifacts/{cache_key}", "GET /v1/artifacts/{cache_key}/metadata",
+		"GET /v1/artifacts/{cache_key}/files", "GET /v1/artifacts", "POST /v1/artifacts:findMissing", "GET /v1/stats",
+		"GetArtifact", "StatArtifact", "ListArtifactFiles", "ListArtifacts", "FindMissingArtifacts", "GetCacheStats",
+	},
+	auth.Write: {
+		"PUT /v1/artifacts/{cache_key}", "POST /v1/artifacts/{cache_key}/promote",
+		"PutArtifact", "PromoteArtifact",
+	},
+	auth.Administrate: {
+		"DELETE /v1/artifacts/{cache_key}", "POST /v1/artifacts:delete", "PUT /v1/artifacts/{cache_key}/pin", "DELETE /v1/artifacts/{cache_key}/pin",
+		"DeleteArtifact", "DeleteArtifacts", "PinArtifact", "UnpinArtifact",
+	},
+	auth.Operate: {
+		"POST /v1/artifacts:collectGarbage", "GET /v1/quarantine",
+		"CollectGarbage", "ListQuarantine",
+	},
+}
+
+// TestPermissions compares what every route and call needs with what it is meant to need.
+func TestPermissions(t *testing.T) {
+	want := map[string]auth.Action{}
+	for action, names := range permissions {
+		for _, name := range names {
+			if !strings.Contains(name, "/") {
+				name = "/polykit.cache.v1.ArtifactService/" + name
+			}
+			want[name] = action
+		}
+	}
+	s := startServer(t, setup{managed: true})
+	got := map[string]auth.Action{}
+	for _, name := range slices.Concat(s.Routes(), s.Calls()) {
+		got[name] = s.Action(name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(got)) {
+		if action, known := want[name]; !known || action != got[name] {
+			t.Errorf("%s needs action %d, and is meant to need %d", name, got[name], action)
+		}
+		delete(want, name)
+	}
+	for name := range want {
+		t.Errorf("there is no %s", name)
+	}
+}
+
+// TestScopeOfRemoval has an admin of all scopes delete by a filter that names no scope: a request that is about one scope
+// leaves the others alone.
+func TestScopeOfRemoval(t *testing.T) {
+	g := startGuarded(t, setup{managed: true})
+	w := g.ways()["REST with Bearer"](t)
+	transport := newTransport(t, 1)
+	client := cachev1.NewArtifactServiceClient(newGRPC(t, g.testServer))
+	ways := map[string]func(t *testing.T, scope string){
+		"REST": func(t *testing.T, scope string) {
+			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, g.url+"/t/"+scope+"/v1/artifacts:delete", strings.NewReader(`{"all": true}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("Authorization", "Bearer "+operatorToken)
+			response, err := transport.RoundTrip(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			if body, err := io.ReadAll(response.Body); response.StatusCode != 200 || err != nil {
+				t.Errorf("got %s %s, %v", response.Status, body, err)
+			}
+		},
+		"gRPC": func(t *testing.T, scope string) {
+			ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+operatorToken, server.ScopeMetadata, scope)
+			if _, err := client.DeleteArtifacts(ctx, &cachev1.DeleteArtifactsRequest{All: true}); err != nil {
+				t.Error(err)
+			}
+		},
+	}
+	for name, remove := range ways {
+		for _, scope := range []string{"nightly", "default"} {
+			t.Run(name+" in "+scope, func(t *testing.T) {
+				keys := map[string]string{}
+				for _, in := range []string{"default", "nightly"} {
+					key := cachetest.Key(name + scope + in)
+					keys[in] = key.String()
+					if got := w.put(t, writerToken, in, key.String(), cachetest.Random(key, 100)); got != 201 {
+						t.Fatalf("an upload got %d", got)
+					}
+				}
+				g.flush(t)
+				remove(t, scope)
+				for in, key := range keys {
+					want := 200
+					if in == scope {
+						want = 404
+					}
+					if got := w.stat(t, writerToken, in, key); got != want {
+						t.Errorf("%s has %d behind it, want %d", in, got, want)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestScopeOfRemovalOfOpenServer has a server without an auth file, whose directory has other scopes of the time when it
+// had one.
+func TestScopeOfRemovalOfOpenServer(t *testing.T) {
+	s := startServer(t, setup{managed: true})
+	scope, err := artifact.ParseScope("nightly")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := cachetest.Key("a")
+	content := cachetest.Random(key, 100)
+	for _, in := range []artifact.Scope{artifact.DefaultScope, scope} {
+		if _, err := s.cache.In(in).Put(t.Context(), key, int64(len(content)), bytes.NewReader(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.flush(t)
+	transport := newTransport(t, 1)
+	for _, c := range []struct{ path, want string }{{"/v1/artifacts", "default nightly"}, {"/t/default/v1/artifacts", "default"}} {
+		_, body := (&restRequest{method: http.MethodGet, target: c.path}).do(t, s, transport)
+		var got []string
+		for _, name := range []string{"default", "nightly"} {
+			if bytes.Contains(body, []byte(`"scope":"`+name+`"`)) || bytes.Contains(body, []byte(`"scope": "`+name+`"`)) {
+				got = append(got, name)
+			}
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s lists %s", c.path, body)
+		}
+	}
+	(&restRequest{method: http.MethodPost, target: "/t/default/v1/artifacts:delete", body: []byte(`{"all": true}`)}).do(t, s, transport)
+	if _, err := s.cache.Stat(t.Context(), key); !errors.Is(err, cache.ErrNotFound) {
+		t.Errorf("in the default scope there is still one: %v", err)
+	}
+	if _, err := s.cache.In(scope).Stat(t.Context(), key); err != nil {
+		t.Errorf("in the other scope: %v", err)
+	}
+}
+
+// TestOthersScopesAreHidden has a pull request look for what it must not learn: whether another one has an artifact
+// under a key.
+func TestOthersScopesAreHidden(t *testing.T) {
+	g := startGuarded(t, setup{managed: true})
+	w := g.ways()["REST with Bearer"](t)
+	client := cachev1.NewArtifactServiceClient(newGRPC(t, g.testServer))
+	stats := func(token string) *cachev1.GetCacheStatsResponse {
+		t.Helper()
+		response, err := client.GetCacheStats(metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+token), &cachev1.GetCacheStatsRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return response
+	}
+	key := cachetest.Key("secret")
+	for i, token := range []string{g.pull(t, 8), g.pull(t, 7)} {
+		if got := w.put(t, token, "", key.String(), cachetest.Random(key, 100+i)); got != 201 {
+			t.Fatalf("an upload got %d", got)
+		}
+		g.flush(t)
+	}
+	waitUntil(t, "the two are compared", func() bool { return stats(operatorToken).GetComparisons().GetDifferedCount() == 1 })
+	for name, token := range map[string]string{"a pull request": g.pull(t, 7), "a reader": readerToken, "an admin of one scope": adminToken} {
+		got := stats(token)
+		if got.GetComparisons() != nil || len(got.GetScopes()) > 0 || len(got.GetTasks()) > 0 {
+			t.Errorf("%s learns of %v, %v, %v", name, got.GetComparisons(), got.GetScopes(), got.GetTasks())
+		}
+	}
+}
+
+// TestCertificatesAsCredentials has clients that prove who they are by a certificate, over each protocol.
+func TestCertificatesAsCredentials(t *testing.T) {
+	authority := cachetest.NewAuthority("authority")
+	const rules = `
+  - name: machines
+    certificate: true
+    when: certificate.subject.common_name.endsWith(".build.example")
+    role: writer
+`
+	g := startGuarded(t, setup{tls: true, change: func(c *server.Config) {
+		c.TLS.ClientAuth, c.TLS.ClientCAs = tls.VerifyClientCertIfGiven, authority.Pool()
+	}})
+	text, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(g.file, bytes.Replace(text, []byte("\nrules:\n"), []byte("\nrules:"+rules), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.auth.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	havingA(t, g.testServer)
+	bearer := func(token string) string { return "Bearer " + token }
+	ways := map[string]func(t *testing.T, config *tls.Config) way{
+		"REST": func(t *testing.T, config *tls.Config) way {
+			transport := newTransport(t, 1)
+			transport.TLSClientConfig = config
+			return g.overREST(transport, bearer)
+		},
+		"REST over HTTP2": func(t *testing.T, config *tls.Config) way {
+			transport := newTransport(t, 2)
+			transport.TLSClientConfig = config
+			return g.overREST(transport, bearer)
+		},
+		"gRPC": func(t *testing.T, config *tls.Config) way {
+			conn, err := grpc.NewClient(g.address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			return overGRPC(conn, bearer)
+		},
+		"gRPC behind net/http": func(t *testing.T, config *tls.Config) way {
+			transport := newTransport(t, 2)
+			transport.TLSClientConfig = config
+			return overGRPC(&sharedConn{transport: transport, url: g.url}, bearer)
+		},
+	}
+	for name, open := range ways {
+		for _, c := range []struct {
+			certificate, token string
+			stat, put          int
+		}{
+			{"a.build.example", "", 200, 409},
+			{"a.build.example", readerToken, 200, 403}, // the header decides
+			{"a.build.example", "pkc_x", 401, 401},
+			{"a.example", "", 403, 403},
+			{"", "", 401, 401},
+		} {
+			t.Run(fmt.Sprint(name, " ", c.certificate, " ", c.token), func(t *testing.T) {
+				config := clientTLS()
+				if c.certificate != "" {
+					config.Certificates = []tls.Certificate{authority.Pair(c.certificate, nil)}
+				}
+				w := open(t, config)
+				if got := w.stat(t, c.token, "", keyA); got != c.stat {
+					t.Errorf("stat: got %d, want %d", got, c.stat)
+				}
+				if got := w.put(t, c.token, "", keyA, artifactA); got != c.put {
+					t.Errorf("put: got %d, want %d", got, c.put)
+				}
+			})
+		}
+	}
+}
+
+// TestCredentialsOfCurl sends credentials as curl does from a URL, also with characters that must be escaped there.
+func TestCredentialsOfCurl(t *testing.T) {
+	if _, err := exec.LookPath("curl"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	g := startGuarded(t, setup{})
+	const odd = "pkc_a/b+c=:@%?#d"
+	text, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	more := fmt.Sprintf("\ntokens:\n  - {name: odd, sha256: %s, role: reader}\n", auth.HashToken(odd))
+	if err := os.WriteFile(g.file, bytes.Replace(text, []byte("\ntokens:\n"), []byte(more), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.auth.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	scheme, host, _ := strings.Cut(g.url, "://")
+	for _, c := range []struct{ user, password, want string }{
+		{"x", readerToken, "404"},
+		{"somebody else", readerToken, "404"},
+		{"", readerToken, "404"},
+		{"x", odd, "404"},
+		{"x", g.main(t, "1"), "404"},
+		{"x", "pkc_x", "401"},
+		{readerToken, "", "401"}, // a name is no credential
+	} {
+		target := fmt.Sprintf("%s://%s@%s/v1/artifacts/%s", scheme, url.UserPassword(c.user, c.password), host, keyA)
+		output, err := exec.Command("curl", "-k", "-sS", "-o", filepath.Join(t.TempDir(), "body"), "-w", "%{http_code}", target).CombinedOutput()
+		if err != nil || string(output) != c.want {
+			t.Errorf("%q with %q: curl printed %s, %v, want %s", c.user, c.password, output, err, c.want)
+		}
+	}
+}
+
+// TestNoSecretIsLoggedOfIssuers has issuers and an auth file that fail, and looks for credentials in what is said of that.
+func TestNoSecretIsLoggedOfIssuers(t *testing.T) {
+	g := startGuarded(t, setup{})
+	w := g.ways()["REST with Basic"](t)
+	good, rotated := g.main(t, "1"), ""
+	w.stat(t, good, "", keyA)
+	g.issuer.Rotate(t, "2")
+	rotated = g.main(t, "2")
+	w.stat(t, rotated, "", keyA)
+	g.issuer.Close()
+	g.write(t, "wrong: true\n")
+	if g.auth.Reload() == nil {
+		t.Error("a wrong file was taken")
+	}
+	for _, secret := range []string{good, rotated, readerToken, writerToken, adminToken, operatorToken} {
+		for _, form := range []string{secret, base64.StdEncoding.EncodeToString([]byte("x:" + secret))} {
+			for _, log := range []*recorder{g.log, g.authLog} {
+				if lines := log.find(server.LevelTrace, form); len(lines) > 0 {
+					t.Errorf("the log has a credential: %v", lines[0])
+				}
+			}
+		}
+	}
+	if len(g.authLog.find(slog.LevelError, "")) == 0 {
+		t.Error("nothing is logged of the wrong file")
+	}
+}
