@@ -352,3 +352,35 @@ func TestNoSecretIsLoggedOfIssuers(t *testing.T) {
 		t.Error("nothing is logged of the wrong file")
 	}
 }
+
+// TestLogOfRefusalsIsBounded has somebody guess tokens: all of that is counted, and the log stays readable.
+func TestLogOfRefusalsIsBounded(t *testing.T) {
+	g := startGuarded(t, setup{})
+	w := g.ways()["REST with Bearer"](t)
+	const guesses = 2000
+	for i := range guesses {
+		if got := w.stat(t, fmt.Sprint("pkc_", i), "", keyA); got != 401 {
+			t.Fatalf("got %d", got)
+		}
+	}
+	if n := g.Refusals()[auth.ReasonUnknownToken]; n != guesses {
+		t.Errorf("%d are counted", n)
+	}
+	lines := g.log.find(slog.LevelInfo, "refused=unknown_token")
+	if len(lines) < 10 || len(lines) > guesses/2 {
+		t.Errorf("there are %d lines of %d refusals", len(lines), guesses)
+	}
+	// Another reason is not drowned by that.
+	if w.put(t, readerToken, "", keyA, artifactA); len(g.log.find(slog.LevelInfo, "refused=role")) != 1 {
+		t.Error("the log does not say what else was refused")
+	}
+	// The line that comes next says how many were left out. One comes in a second; these are guesses until then.
+	waitUntil(t, "a line says how many were left out", func() bool {
+		w.stat(t, "pkc_x", "", keyA)
+		return len(g.log.find(slog.LevelInfo, " unlogged=")) > 0
+	})
+	// Who wants to see all of them can.
+	if n := len(g.log.find(slog.LevelDebug, "refused=unknown_token")); int64(n) != g.Refusals()[auth.ReasonUnknownToken] {
+		t.Errorf("there are %d lines at the level debug", n)
+	}
+}

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
@@ -204,10 +205,37 @@ func inScope(r *http.Request) (*http.Request, bool) {
 	return in, true
 }
 
-// refusals counts requests that were refused, by the reason.
+const (
+	// refusalBurst is how many refusals for one reason are logged at once at the level info, and refusalInterval how often
+	// one is after that: who guesses tokens must not fill the disk with what is said of it. At the level debug all are.
+	refusalBurst    = 100
+	refusalInterval = time.Second
+)
+
+// refusals counts requests that were refused for who sent them, by the reason.
 type refusals struct {
-	mu     sync.Mutex
-	counts map[auth.Reason]int64
+	mu      sync.Mutex
+	reasons map[auth.Reason]*refused
+}
+
+// refused is what there is to say of one reason.
+type refused struct {
+	count    int64
+	lines    *rate.Limiter
+	unlogged int64 // since the last line
+}
+
+// of returns what is known of a reason. It is called with r.mu locked.
+func (r *refusals) of(reason auth.Reason) *refused {
+	known := r.reasons[reason]
+	if known == nil {
+		known = &refused{lines: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst)}
+		if r.reasons == nil {
+			r.reasons = map[auth.Reason]*refused{}
+		}
+		r.reasons[reason] = known
+	}
+	return known
 }
 
 func (r *refusals) count(err error) {
@@ -217,15 +245,29 @@ func (r *refusals) count(err error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.counts == nil {
-		r.counts = map[auth.Reason]int64{}
+	r.of(refusal.Reason).count++
+}
+
+// log says whether a refusal is to be logged, and if so how many were not since the last one for this reason.
+func (r *refusals) log(reason auth.Reason) (unlogged int64, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	known := r.of(reason)
+	if !known.lines.Allow() {
+		known.unlogged++
+		return 0, false
 	}
-	r.counts[refusal.Reason]++
+	unlogged, known.unlogged = known.unlogged, 0
+	return unlogged, true
 }
 
 // Refusals returns how many requests and calls were refused since the server started for who sent them, by the reason.
 func (s *Server) Refusals() map[auth.Reason]int64 {
 	s.refusals.mu.Lock()
 	defer s.refusals.mu.Unlock()
-	return maps.Clone(s.refusals.counts)
+	counts := map[auth.Reason]int64{}
+	for reason, known := range s.refusals.reasons {
+		counts[reason] = known.count
+	}
+	return counts
 }

@@ -456,6 +456,12 @@ func (s *Server) logFault(ctx context.Context, request string, f fault, err erro
 	attributes := []any{"request", request, "status", f.status, "reason", f.reason, "error", err}
 	if refusal, ok := errors.AsType[*auth.Error](err); ok { // the client is told less
 		attributes = append(attributes, "refused", refusal.Reason, "detail", refusal.Detail)
+		unlogged, ok := s.refusals.log(refusal.Reason)
+		if !ok {
+			level = slog.LevelDebug
+		} else if unlogged > 0 {
+			attributes = append(attributes, "unlogged", unlogged)
+		}
 	}
 	s.log.Log(ctx, level, "request failed", attributes...)
 }
