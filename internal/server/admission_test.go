@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
@@ -19,8 +20,10 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -205,6 +208,49 @@ func TestOthersScopesAreHidden(t *testing.T) {
 		got := stats(token)
 		if got.GetComparisons() != nil || len(got.GetScopes()) > 0 || len(got.GetTasks()) > 0 {
 			t.Errorf("%s learns of %v, %v, %v", name, got.GetComparisons(), got.GetScopes(), got.GetTasks())
+		}
+	}
+}
+
+// TestRefusedBeforeBody asks for what is not allowed, and sends nothing behind the header: the answer does not wait for it.
+func TestRefusedBeforeBody(t *testing.T) {
+	g := startGuarded(t, setup{managed: true})
+	for token, want := range map[string]int{"": 401, "pkc_x": 401, readerToken: 403} {
+		for _, route := range []string{"PUT /v1/artifacts/" + keyA, "POST /v1/artifacts:delete", "POST /v1/artifacts:collectGarbage", "POST /v1/artifacts/" + keyA + "/promote"} {
+			w := dial(t, g.testServer)
+			header := ""
+			if token != "" {
+				header = "Authorization: Bearer " + token + "\r\n"
+			}
+			method, path, _ := strings.Cut(route, " ")
+			w.send(method + " " + path + " HTTP/1.1\r\nHost: x\r\n" + header + "Content-Length: 1000000\r\n\r\n")
+			response, err := http.ReadResponse(w.in, nil)
+			if err != nil || response.StatusCode != want {
+				t.Errorf("%s with %q: got %v, %v, want %d", route, token, response, err, want)
+			}
+		}
+		code := codes.Unauthenticated
+		if want == 403 {
+			code = codes.PermissionDenied
+		}
+		for way, conn := range map[string]grpc.ClientConnInterface{"gRPC": newGRPC(t, g.testServer), "gRPC amid REST": &sharedConn{transport: newTransport(t, 2), url: g.url}} {
+			for _, call := range g.Calls() {
+				if need := g.Action(call); need == server.Anyone || need == auth.Read {
+					continue
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				if token != "" {
+					ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+				}
+				stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, call)
+				if err == nil {
+					err = stream.RecvMsg(&cachev1.StatArtifactRequest{})
+				}
+				cancel()
+				if status.Code(err) != code {
+					t.Errorf("%s %s with %q: got %v, want %v", way, call, token, err, code)
+				}
+			}
 		}
 	}
 }

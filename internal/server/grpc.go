@@ -39,24 +39,53 @@ func (s *Server) newGRPC() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.UnaryInterceptor(func(ctx context.Context, request any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (response any, err error) {
-			err = s.call(ctx, info.FullMethod, func(ctx context.Context) error {
-				response, err = next(ctx, request)
-				return err
-			})
-			return response, err
-		}),
-		grpc.StreamInterceptor(func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-			ctx := stream.Context()
-			messages := ctx.Value(messagesKey{}).(*messages)
-			messages.streaming.Store(true)
-			return s.call(ctx, info.FullMethod, func(ctx context.Context) error {
-				return next(service, &admittedStream{&messageStream{stream, messages}, ctx})
-			})
-		}),
 	)
-	s.register(server)
+	s.register(&streamRegistrar{server, s.serveBehindHTTP})
 	return server
+}
+
+// serveBehindHTTP handles a call on a connection of net/http.
+func (s *Server) serveBehindHTTP(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) error {
+	ctx := stream.Context()
+	messages := ctx.Value(messagesKey{}).(*messages)
+	return s.call(ctx, method, func(ctx context.Context) error {
+		return handle(&admittedStream{&messageStream{stream, messages}, ctx})
+	})
+}
+
+// streamRegistrar registers services whose methods are all handled as streams. The handler of one that is no stream, and
+// an interceptor of it, are called only when the whole request is there: whoever waits for it until then, and
+// whoever sends it, who may not even be allowed to. Nor does gRPC call interceptors of streams for them, so that what
+// must come before a call is part of its handler.
+type streamRegistrar struct {
+	*grpc.Server
+	serve func(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) error
+}
+
+// RegisterService implements grpc.ServiceRegistrar.
+func (r *streamRegistrar) RegisterService(desc *grpc.ServiceDesc, service any) {
+	streams := *desc
+	streams.Methods, streams.Streams = nil, nil
+	add := func(stream grpc.StreamDesc, handle grpc.StreamHandler) {
+		method := "/" + desc.ServiceName + "/" + stream.StreamName
+		stream.Handler = func(service any, stream grpc.ServerStream) error {
+			return r.serve(method, stream, func(admitted grpc.ServerStream) error { return handle(service, admitted) })
+		}
+		streams.Streams = append(streams.Streams, stream)
+	}
+	for _, method := range desc.Methods {
+		add(grpc.StreamDesc{StreamName: method.MethodName}, func(service any, stream grpc.ServerStream) error {
+			response, err := method.Handler(service, stream.Context(), stream.RecvMsg, nil)
+			if err != nil {
+				return err
+			}
+			return stream.SendMsg(response)
+		})
+	}
+	for _, stream := range desc.Streams {
+		add(stream, stream.Handler)
+	}
+	r.Server.RegisterService(&streams, service)
 }
 
 // register registers the services: artifacts, health and reflection.

@@ -6,7 +6,6 @@ import (
 	"io"
 	"net/http"
 	"sync"
-	"sync/atomic"
 
 	"google.golang.org/grpc"
 
@@ -33,13 +32,12 @@ const (
 // The client must send at the least rate of an upload, while it is waited for.
 type messages struct {
 	io.ReadCloser
-	pace      *pace
-	streaming atomic.Bool   // a handler gets to hear that the client was too slow
-	slow      chan error    // that it was
-	left      int64         // bytes of the message that are still to be read
-	wanted    chan struct{} // holds one for each message that may be read
-	closed    chan struct{}
-	close     func()
+	pace   *pace
+	slow   chan error    // that the client was too slow
+	left   int64         // bytes of the message that are still to be read
+	wanted chan struct{} // holds one for each message that may be read
+	closed chan struct{}
+	close  func()
 }
 
 type messagesKey struct{}
@@ -110,7 +108,7 @@ func (m *messages) fill(p []byte) (n int, err error) {
 		return n, nil
 	case n > 0 && err == io.EOF:
 		return n, io.ErrUnexpectedEOF
-	case err != nil && err != io.EOF && m.streaming.Load():
+	case err != nil && err != io.EOF:
 		if slow := m.pace.stop("send"); slow != nil {
 			// grpc-go would make a status of its own of any error.
 			m.slow <- slow

@@ -62,41 +62,8 @@ func (s *Server) newNative() *grpc.Server {
 		grpc.ReadBufferSize(readBuffer),
 		grpc.WriteBufferSize(writeBuffer),
 	)
-	s.register(&nativeRegistrar{server, s})
+	s.register(&streamRegistrar{server, s.serveCall})
 	return server
-}
-
-// nativeRegistrar registers services whose methods are all handled as streams, for the handler of one
-// that is no stream is called only when the whole request is there, whoever waits for it until then.
-type nativeRegistrar struct {
-	*grpc.Server
-	server *Server
-}
-
-// RegisterService implements grpc.ServiceRegistrar.
-func (n *nativeRegistrar) RegisterService(desc *grpc.ServiceDesc, service any) {
-	native := *desc
-	native.Methods, native.Streams = nil, nil
-	add := func(stream grpc.StreamDesc, handle grpc.StreamHandler) {
-		method := "/" + desc.ServiceName + "/" + stream.StreamName
-		stream.Handler = func(service any, stream grpc.ServerStream) error {
-			return n.server.serveCall(method, stream, func(admitted grpc.ServerStream) error { return handle(service, admitted) })
-		}
-		native.Streams = append(native.Streams, stream)
-	}
-	for _, method := range desc.Methods {
-		add(grpc.StreamDesc{StreamName: method.MethodName}, func(service any, stream grpc.ServerStream) error {
-			response, err := method.Handler(service, stream.Context(), stream.RecvMsg, nil)
-			if err != nil {
-				return err
-			}
-			return stream.SendMsg(response)
-		})
-	}
-	for _, stream := range desc.Streams {
-		add(stream, stream.Handler)
-	}
-	n.Server.RegisterService(&native, service)
 }
 
 // nativeListener is where gRPC gets the connections of gRPC clients from.
