@@ -72,7 +72,7 @@ func benchCommand() *cobra.Command {
 				return usageError("%q is not one of %s", printable(args[0]), strings.Join(names, ", "))
 			}
 			flags.config.Operation = load.Operation(args[0])
-			if err := flags.complete(); err != nil {
+			if err := flags.complete(cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 			load, err := load.New(flags.config)
@@ -115,7 +115,7 @@ func (b *benchFlags) uploads() bool {
 }
 
 // complete checks the flags and fills the config.
-func (b *benchFlags) complete() (err error) {
+func (b *benchFlags) complete(warnings io.Writer) (err error) {
 	c := &b.config
 	if c.Server, err = client.ParseServer(b.remote.server); err != nil {
 		return usageError("--server is %w", err)
@@ -123,7 +123,7 @@ func (b *benchFlags) complete() (err error) {
 	if c.TLS, err = b.remote.tls.config(c.Server); err != nil {
 		return err
 	}
-	if c.Server, err = b.remote.address(c.Server); err != nil {
+	if c.Server, err = b.remote.address(c.Server, warnings); err != nil {
 		return err
 	}
 	c.GRPC, c.Size = b.remote.grpc, int64(b.size)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"net"
 	"net/url"
 	"os"
 	"strconv"
@@ -82,8 +83,9 @@ func addJSON(f *pflag.FlagSet, value *bool) {
 	f.BoolVar(value, "json", false, "print JSON")
 }
 
-// connect returns the server that the flags name. The caller must close it.
-func (r *remoteFlags) connect() (remote, error) {
+// connect returns the server that the flags name. The caller must close it. What people should know of it, but need not
+// stop for, is written to warnings.
+func (r *remoteFlags) connect(warnings io.Writer) (remote, error) {
 	server, err := client.ParseServer(r.server)
 	if err != nil {
 		return nil, usageError("--server is %w", err)
@@ -92,7 +94,7 @@ func (r *remoteFlags) connect() (remote, error) {
 	if err != nil {
 		return nil, err
 	}
-	if server, err = r.address(server); err != nil {
+	if server, err = r.address(server, warnings); err != nil {
 		return nil, err
 	}
 	if !r.grpc {
@@ -105,8 +107,9 @@ func (r *remoteFlags) connect() (remote, error) {
 	return conn, nil
 }
 
-// address returns the URL of a server with the token and the scope of the flags.
-func (r *remoteFlags) address(server *url.URL) (*url.URL, error) {
+// address returns the URL of a server with the token and the scope of the flags. If the token would go over a network in
+// clear text, it says so on warnings.
+func (r *remoteFlags) address(server *url.URL, warnings io.Writer) (*url.URL, error) {
 	token := os.Getenv("POLYKIT_CACHE_TOKEN")
 	if r.tokenFile != "" {
 		text, err := os.ReadFile(r.tokenFile)
@@ -128,10 +131,19 @@ func (r *remoteFlags) address(server *url.URL) (*url.URL, error) {
 		with.User = url.UserPassword("token", token)
 		server = &with
 	}
+	if server.User != nil && server.Scheme == "http" && !isLoopback(server.Hostname()) {
+		fmt.Fprintf(warnings, "polykit-cache: warning: the token goes to %s in clear text, and whoever is on the way can read it; give a --server that begins with https://\n", printable(server.Host))
+	}
 	if r.scope.given {
 		server = client.InScope(server, r.scope.Scope)
 	}
 	return server, nil
+}
+
+// isLoopback says whether a host is this machine, as far as its name tells.
+func isLoopback(host string) bool {
+	host = strings.TrimSuffix(strings.ToLower(host), ".")
+	return host == "localhost" || strings.HasSuffix(host, ".localhost") || net.ParseIP(host).IsLoopback()
 }
 
 // scopeFlag is a scope.
@@ -172,12 +184,12 @@ func formatKey(scope, key string) string {
 }
 
 // connectFor is connect for a command about the artifact under a key.
-func (r *remoteFlags) connectFor(digits string) (remote, artifact.Key, error) {
+func (r *remoteFlags) connectFor(warnings io.Writer, digits string) (remote, artifact.Key, error) {
 	key, err := parseKey(digits)
 	if err != nil {
 		return nil, key, err
 	}
-	server, err := r.connect()
+	server, err := r.connect(warnings)
 	return server, key, err
 }
 

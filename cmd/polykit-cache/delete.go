@@ -65,7 +65,7 @@ func deleteCommand() *cobra.Command {
 			if len(args) > 0 {
 				return eachKey(cmd, &flags.remoteFlags, args, remote.Delete)
 			}
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -126,7 +126,7 @@ func TestDeleteTakesSeveralCalls(t *testing.T) {
 				}
 			}
 			flags := &deleteFlags{remoteFlags: remoteFlags{server: "http://" + address, grpc: grpc}, all: true, yes: true}
-			server, err := flags.connect()
+			server, err := flags.connect(io.Discard)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -19,7 +19,7 @@ func eachKey(cmd *cobra.Command, flags *remoteFlags, args []string, do func(serv
 	if err != nil {
 		return err
 	}
-	server, err := flags.connect()
+	server, err := flags.connect(cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}

@@ -387,7 +387,7 @@ func (r *faultRig) putGRPCUndeclared(key artifact.Key) string {
 
 // upload uploads over gRPC, and returns the status of HTTP that fits the answer.
 func (r *faultRig) upload(key artifact.Key, size int64, body io.Reader) string {
-	remote, err := (&remoteFlags{server: "http://" + r.address, grpc: true}).connect()
+	remote, err := (&remoteFlags{server: "http://" + r.address, grpc: true}).connect(io.Discard)
 	if err != nil {
 		return err.Error()
 	}

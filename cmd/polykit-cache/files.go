@@ -31,7 +31,7 @@ func filesCommand() *cobra.Command {
 		Example: filesExample,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			server, key, err := flags.connectFor(args[0])
+			server, key, err := flags.connectFor(cmd.ErrOrStderr(), args[0])
 			if err != nil {
 				return err
 			}

@@ -93,7 +93,7 @@ type garbageCollector interface {
 
 // online removes from a server that runs.
 func (g *gcFlags) online(cmd *cobra.Command) error {
-	server, err := g.connect()
+	server, err := g.connect(cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}

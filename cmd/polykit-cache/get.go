@@ -60,7 +60,7 @@ func getCommand() *cobra.Command {
 			if err := g.check(); err != nil {
 				return err
 			}
-			if g.server, g.key, err = flags.connectFor(args[0]); err != nil {
+			if g.server, g.key, err = flags.connectFor(cmd.ErrOrStderr(), args[0]); err != nil {
 				return err
 			}
 			defer g.server.Close()

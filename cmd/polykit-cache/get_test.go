@@ -120,7 +120,7 @@ func polykit(t *testing.T, args ...string) (status int, stdout, stderr string) {
 func newGet(t *testing.T, server string, grpc bool, output string) *get {
 	t.Helper()
 	flags := remoteFlags{server: server, grpc: grpc}
-	conn, err := flags.connect()
+	conn, err := flags.connect(io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ func healthcheckCommand() *cobra.Command {
 			if timeout <= 0 {
 				return usageError("--timeout is %v; it must be more than 0", timeout)
 			}
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -65,7 +65,7 @@ func listCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

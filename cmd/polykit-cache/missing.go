@@ -48,7 +48,7 @@ func missingCommand() *cobra.Command {
 			if err != nil {
 				return interrupted(err)
 			}
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

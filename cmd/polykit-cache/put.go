@@ -42,7 +42,7 @@ func putCommand() *cobra.Command {
 		Example: putExample,
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			server, key, err := flags.connectFor(args[0])
+			server, key, err := flags.connectFor(cmd.ErrOrStderr(), args[0])
 			if err != nil {
 				return err
 			}

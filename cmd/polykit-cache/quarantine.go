@@ -34,7 +34,7 @@ func quarantineCommand() *cobra.Command {
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -108,7 +108,7 @@ func scriptRefused(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // scriptServer is "server [NAME=VALUE...] [FLAG...]": it starts a server on $WORK/store and sets
-// $SERVER to its URL, $POLYKIT_CACHE_SERVER for the client, and $ADDRESS. At the end of the script the server
+// $SERVER to its URL, $POLYKIT_CACHE_SERVER for the client, $ADDRESS and $PORT. At the end of the script the server
 // gets SIGTERM and must exit with status 0.
 func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
@@ -139,6 +139,9 @@ func scriptServer(ts *testscript.TestScript, neg bool, args []string) {
 		scheme = "https://"
 	}
 	ts.Setenv("ADDRESS", p.address)
+	_, port, err := net.SplitHostPort(p.address)
+	ts.Check(err)
+	ts.Setenv("PORT", port)
 	ts.Setenv("SERVER", scheme+p.address)
 	ts.Setenv("POLYKIT_CACHE_SERVER", scheme+p.address)
 }

@@ -54,7 +54,7 @@ func statsCommand() *cobra.Command {
 			if err := checkBounds([]bound{{"limit", int64(limit), 1, client.MaxTasks}}); err != nil {
 				return err
 			}
-			server, err := flags.connect()
+			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -595,7 +596,14 @@ func TestExplainAgreesWithServer(t *testing.T) {
 		response.Body.Close()
 		seen[response.StatusCode]++
 		refused := response.StatusCode == 401 || response.StatusCode == 403 || response.StatusCode == 400
-		if d := g.auth.Explain(t.Context(), c, asked.action); d.Allowed == refused {
+		d := g.auth.Explain(t.Context(), c, asked.action)
+		if unknown := errors.Is(d.Refused, auth.ErrUnauthenticated); unknown != (response.StatusCode == 401) {
+			t.Fatalf("%s %s with %q: the server answers %s, but it is explained as %v", asked.method, target, c.Authorization, response.Status, d.Refused)
+		}
+		if forbidden := errors.Is(d.Refused, auth.ErrForbidden); forbidden != (response.StatusCode == 403) {
+			t.Fatalf("%s %s with %q: the server answers %s, but it is explained as %v", asked.method, target, c.Authorization, response.Status, d.Refused)
+		}
+		if d.Allowed == refused {
 			t.Fatalf("%s %s with %q: the server answers %s, but it is explained as %v", asked.method, target, c.Authorization, response.Status, d.Refused)
 		}
 	}
