@@ -430,3 +430,21 @@ func TestLogOfRefusalsIsBounded(t *testing.T) {
 		t.Errorf("there are %d lines at the level debug", n)
 	}
 }
+
+// TestAdmissionCostsNothing has a server without an auth file, where nothing may be allocated to find out that everybody may
+// do everything.
+func TestAdmissionCostsNothing(t *testing.T) {
+	s := startServer(t, setup{})
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.url+"/v1/artifacts/"+keyA, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	handle := s.Admitted(func(found *cache.Cache) {
+		if found != s.cache {
+			t.Error("it is another cache")
+		}
+	})
+	if n := testing.AllocsPerRun(1000, func() { handle(nil, request) }); n > 0 {
+		t.Errorf("%v allocations", n)
+	}
+}

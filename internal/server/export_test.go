@@ -6,6 +6,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/polykit/polykit-cache/internal/auth"
+	"github.com/polykit/polykit-cache/internal/cache"
 )
 
 // Routes returns the routes over REST, each as "METHOD /path", so that tests can compare them with
@@ -52,3 +53,8 @@ func (s *Server) Action(name string) auth.Action {
 
 // Anyone is the action that needs no credential.
 const Anyone = anyone
+
+// Admitted returns handle for those who may read, and tells it whose cache it is.
+func (s *Server) Admitted(handle func(*cache.Cache)) http.HandlerFunc {
+	return s.admitted(auth.Read, func(_ http.ResponseWriter, r *http.Request) { handle(s.caller(r.Context()).cache) })
+}
