@@ -23,9 +23,15 @@ func TestExampleFile(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
 		}
 	}
-	gitlab := claims(t, `{"namespace_path": "octo", "ref_protected": "false", "user_id": "42"}`)
-	gitlab.Issuer = "gitlab"
-	if got := outcome(p.Explain(gitlab, "", auth.Write)); got != `writer as rule "gitlab others" in user-42 reads user-42 default` {
-		t.Errorf("got %s", got)
+	for _, c := range []struct{ name, claims, want string }{
+		{"protected", `{"namespace_path": "octo", "ref_protected": "true", "pipeline_source": "push", "user_id": "42"}`, `writer as rule "gitlab protected branches" in default reads default`},
+		{"not protected", `{"namespace_path": "octo", "ref_protected": "false", "pipeline_source": "push", "user_id": "42"}`, `writer as rule "gitlab others" in user-42 reads user-42 default`},
+		{"merge request", `{"namespace_path": "octo", "ref_protected": "true", "pipeline_source": "merge_request_event", "user_id": "42"}`, `writer as rule "gitlab others" in user-42 reads user-42 default`},
+	} {
+		gitlab := claims(t, c.claims)
+		gitlab.Issuer = "gitlab"
+		if got := outcome(p.Explain(gitlab, "", auth.Write)); got != c.want {
+			t.Errorf("GitLab, %s: got %s, want %s", c.name, got, c.want)
+		}
 	}
 }
