@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -18,6 +19,11 @@ const (
 	refusalTimeout = time.Second
 	// refusalSize is how much is read of what a refused client sends, so that it gets to read the answer.
 	refusalSize = 64 << 10
+	// lingerTime is how long a connection that is open at a handover may take to send its next request, or its
+	// first.
+	lingerTime = time.Second
+	// lingerInterval is how often it is looked whether there is still one.
+	lingerInterval = 10 * time.Millisecond
 )
 
 // overloadAnswer is what a connection over the limit gets. Clients of gRPC take it for a
@@ -97,6 +103,20 @@ func (l *limitedListener) changed(conn net.Conn, state http.ConnState) {
 		}
 	}
 	l.idle.changed(conn, state)
+}
+
+// linger waits at a handover for what clients have sent, or are about to, on the connections that were accepted.
+func (l *limitedListener) linger(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lingerTime)
+	defer cancel()
+	look := time.NewTicker(lingerInterval)
+	defer look.Stop()
+	for l.open.Load() > 0 && ctx.Err() == nil {
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+		}
+	}
 }
 
 // closed is told when a connection was closed.

@@ -126,7 +126,7 @@ type artifactService struct {
 
 // key returns the key of a call, if the server takes it.
 func (a *artifactService) key(digits string) (artifact.Key, error) {
-	if err := a.server.notDraining(); err != nil {
+	if err := a.server.taking(); err != nil {
 		return artifact.Key{}, err
 	}
 	return artifact.ParseKey(digits)

@@ -54,7 +54,7 @@ type Management struct {
 
 // managed returns what the server is given for its management, if it is.
 func (a *artifactService) managed() (*Management, error) {
-	if err := a.server.notDraining(); err != nil {
+	if err := a.server.taking(); err != nil {
 		return nil, err
 	}
 	if a.server.management == nil {

@@ -75,6 +75,10 @@ type Config struct {
 	DrainTimeout time.Duration
 	// ShutdownTimeout bounds the time in which requests in flight may finish at shutdown.
 	ShutdownTimeout time.Duration
+	// Handover says that the listener is open elsewhere too, so that connections wait there for the next server
+	// when this one ends. Then what still comes on open connections at shutdown is served, not refused, and its
+	// client told to open another.
+	Handover bool
 	// TLS is how the server speaks TLS, for which it must offer "h2" and "http/1.1" (NextProtos), and with
 	// every handshake anew if it has GetConfigForClient. Nil means clear text.
 	TLS *tls.Config
@@ -209,7 +213,8 @@ func (s *Server) requestDone() {
 
 // Serve serves on a listener until ctx is done. Then it closes the listener, lets requests in flight
 // finish within Config.ShutdownTimeout, and cuts those that do not. In that time requests that still
-// come, on connections that are open, are refused with a status that says so. It can be called once.
+// come, on connections that are open, are refused with a status that says so, unless Config.Handover is set. It can
+// be called once.
 //
 // The listener must not speak TLS itself: that is for Config.TLS.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
@@ -244,20 +249,28 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	s.health.Shutdown()
 	listener.Close()
 	<-failed // or Shutdown would close the listener once more, and fail
+	stopped := make(chan struct{})
+	stopNative := sync.OnceFunc(func() {
+		limited.greeter.close()
+		go func() {
+			s.native.GracefulStop()
+			close(stopped)
+		}()
+	})
 	// http.Server.Shutdown would close idle connections now and drop what comes on the others
-	// without a word, so it comes only after the last request; so would GracefulStop.
-	if s.requests.Load() > 0 {
+	// without a word, so it comes only after the last request; so would GracefulStop. But where calls are
+	// served to the end, nothing else would tell their clients to go.
+	if s.config.Handover {
+		limited.linger(grace)
+		stopNative()
+	}
+	for s.requests.Load() > 0 && grace.Err() == nil {
 		select {
 		case <-s.idle:
 		case <-grace.Done():
 		}
 	}
-	limited.greeter.close()
-	stopped := make(chan struct{})
-	go func() {
-		s.native.GracefulStop()
-		close(stopped)
-	}()
+	stopNative()
 	err := s.http.Shutdown(grace)
 	// A client that does not answer to the GOAWAY is waited for only if it has a call in flight, or has not
 	// taken the end of one: gRPC counts as sent what it is about to write.
@@ -290,10 +303,18 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 
 // Ready returns an error that says why, if the server can't take uploads.
 func (s *Server) Ready(ctx context.Context) error {
-	if err := s.notDraining(); err != nil {
+	if err := s.taking(); err != nil {
 		return err
 	}
 	return s.cache.Ready(ctx)
+}
+
+// taking returns an error if requests that come now are to be refused.
+func (s *Server) taking() error {
+	if s.config.Handover {
+		return nil
+	}
+	return s.notDraining()
 }
 
 func (s *Server) notDraining() error {
@@ -390,7 +411,7 @@ func (s *Server) newREST() http.Handler {
 // whileServing refuses requests that come on connections which are kept open while the server drains.
 func (s *Server) whileServing(handle http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if err := s.notDraining(); err != nil {
+		if err := s.taking(); err != nil {
 			s.refuse(w, r, err)
 			return
 		}
