@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -58,6 +57,7 @@ type serveConfig struct {
 	minDownloadRate sizeFlag
 	maxHeaderSize   sizeFlag
 	drainSize       sizeFlag
+	given           func(flag string) bool // whether a flag was set, on the command line or elsewhere
 }
 
 func serveCommand() *cobra.Command {
@@ -89,6 +89,7 @@ func serveCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
+	c.given = f.Changed
 	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
@@ -200,8 +201,10 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 			return err
 		}
 	}
+	manager := newServiceManager(log)
+	manager.tell("STATUS=Opening the storage")
 	hangups := make(chan os.Signal, 1)
-	if loaded != nil || c.server.Auth != nil {
+	if loaded != nil || c.server.Auth != nil || manager != nil { // it reloads a service whether there is anything to read or not
 		signal.Notify(hangups, syscall.SIGHUP)
 		defer signal.Stop(hangups)
 	}
@@ -221,15 +224,19 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 			log.Error("could not close the storage in good order; the next start goes through it in the background", "error", err)
 		}
 	}()
-	listener, err := net.Listen("tcp", net.JoinHostPort(c.bind, strconv.Itoa(c.port)))
+	listener, passed, err := c.listen()
 	if err != nil {
 		return err
 	}
+	c.server.Handover = passed
 	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast())
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
 		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "version", version())
+	if passed {
+		log.Info("serving on the socket that the service manager passed, whatever --bind and --port are by default", "address", listener.Addr().String())
+	}
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
 	var background sync.WaitGroup
 	defer func() {
@@ -239,12 +246,14 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	background.Go(func() { store.run(running) })
 	background.Go(func() {
 		onSignal(running, hangups, func() {
-			if loaded != nil {
-				loaded.Reload()
-			}
-			if c.server.Auth != nil {
-				c.server.Auth.Reload() // which logs what is wrong
-			}
+			manager.reload(func() {
+				if loaded != nil {
+					loaded.Reload()
+				}
+				if c.server.Auth != nil {
+					c.server.Auth.Reload() // which logs what is wrong
+				}
+			})
 		})
 	})
 	if c.server.Auth != nil {
@@ -256,6 +265,9 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	if c.scrub.Interval > 0 {
 		background.Go(func() { store.Scrub(running, c.scrub) })
 	}
+	background.Go(func() {
+		manager.run(ctx, running, serving{listener.Addr(), loaded != nil, s.Ready, store.index.DiskSize, c.server.ShutdownTimeout})
+	})
 	return s.Serve(ctx, listener)
 }
 
