@@ -20,6 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/connectivity"
+
+	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cachetest"
 	"github.com/polykit/polykit-cache/internal/client"
@@ -322,6 +325,17 @@ func TestHandover(t *testing.T) {
 		answer(conn)
 		idle = append(idle, conn)
 	}
+	url, err := client.ParseServer("http://" + address)
+	check(t, err)
+	calls, err := client.DialGRPC(url, nil)
+	check(t, err)
+	defer calls.Close()
+	calls.Connect()
+	for state := calls.GetState(); state != connectivity.Ready; state = calls.GetState() {
+		calls.WaitForStateChange(t.Context(), state)
+	}
+	_, err = cachev1.NewArtifactServiceClient(calls).FindMissingArtifacts(t.Context(), &cachev1.FindMissingArtifactsRequest{})
+	check(t, err)
 	f := takeOff(t, p, dir)
 	check(t, p.Process.Signal(syscall.SIGTERM))
 	for last := false; !last; { // the first may come before the signal
@@ -331,6 +345,11 @@ func TestHandover(t *testing.T) {
 	request(idle[1])
 	if !answer(idle[1]) {
 		t.Error("who sends a request while the server stops is not told to open another connection")
+	}
+	gone, cancel := context.WithTimeout(t.Context(), 20*time.Second) // less than --stall-timeout
+	defer cancel()
+	if !calls.WaitForStateChange(gone, connectivity.Ready) {
+		t.Error("who makes gRPC calls is not told to open another connection")
 	}
 	for _, err := range f.land() {
 		t.Error(err)
