@@ -3,6 +3,7 @@
 # To move one to another version: go get -modfile=.tools/X.mod -tool PACKAGE@VERSION
 BUF         := go tool -modfile=.tools/buf.mod buf
 STATICCHECK := go tool -modfile=.tools/lint.mod staticcheck
+NFPM        := go tool -modfile=.tools/nfpm.mod nfpm
 
 .PHONY: help
 help: ## Say what there is to make (the default)
@@ -82,9 +83,26 @@ bench: ## Measure the server beside nginx and others, or ROWS="name ..." of it; 
 gobench: ## Run the Go benchmarks, with allocations
 	go test -run='^$$' -bench=. -benchmem ./...
 
+# The version is a tag without its v, and behind it how many commits later it is.
+.PHONY: packages
+packages: export VERSION = $(shell (git describe --tags --match 'v[0-9]*' 2>/dev/null || \
+	echo "v0.0.0-$$(git rev-list --count HEAD)-g$$(git rev-parse --short HEAD)") | sed 's/^v//; s/-\([0-9]*-g\)/+\1/; s/-g/.g/')
+packages: export ARCH = $(or $(GOARCH),$(shell go env GOARCH))
+packages: export DIST = dist
+packages: export STAGE = bin/package-$(ARCH)
+packages: ## Build a Debian package and an rpm into dist/, for this architecture (or GOARCH=arm64)
+	mkdir -p "$$STAGE"
+	CGO_ENABLED=0 GOOS=linux GOARCH=$$ARCH go build -trimpath -o "$$STAGE/polykit-cache" ./cmd/polykit-cache
+	for shell in bash zsh fish; do \
+		env -u GOARCH CGO_ENABLED=0 go run -trimpath ./cmd/polykit-cache completion $$shell >"$$STAGE/$$shell" || exit; \
+	done
+	for packager in deb rpm; do \
+		env -u GOARCH $(NFPM) package --config deploy/nfpm.yaml --packager $$packager --target "$$DIST" || exit; \
+	done
+
 .PHONY: clean
 clean: ## Remove what was built, but no stored artifact
-	rm -rf bin
+	rm -rf bin dist
 
 # Parts of check.
 
