@@ -62,6 +62,7 @@ type streamAnswer struct {
 	body            []byte
 	ended           bool
 	reset           *http2.ErrCode
+	resets          int
 }
 
 // dialFrames makes a connection and exchanges settings on it. It is net/http's, since a gRPC client does
@@ -158,9 +159,10 @@ func (f *frames) read() {
 			answer.body = append(answer.body, frame.Data()...)
 			answer.ended = frame.StreamEnded()
 		case *http2.RSTStreamFrame:
-			if code := frame.ErrCode; answer.reset == nil { // what it answers to later frames is of no interest
+			if code := frame.ErrCode; answer.reset == nil {
 				answer.reset = &code
 			}
+			answer.resets++
 		case *http2.PingFrame:
 			f.pongs++
 		case *http2.GoAwayFrame:

@@ -20,6 +20,7 @@ type greetedConn struct {
 	delivered atomic.Bool          // to gRPC, and so net/http's no more, which reads the end
 	held      *[]byte              // what is to be written together, nil if nothing is held
 	tls       *tls.ConnectionState // nil in clear text, and until the handshake is made
+	resets    resets
 }
 
 // heldBytes are buffers for what is held.
@@ -41,11 +42,20 @@ func (c *greetedConn) release() error {
 }
 
 func (c *greetedConn) Write(p []byte) (int, error) {
+	passed := c.resets.pass(p)
 	if c.held != nil {
-		*c.held = append(*c.held, p...)
+		*c.held = append(*c.held, passed...)
 		return len(p), nil
 	}
-	return c.write(p)
+	if len(passed) == len(p) {
+		return c.write(passed)
+	}
+	if len(passed) > 0 {
+		if _, err := c.write(passed); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
 }
 
 func (c *greetedConn) write(p []byte) (int, error) {
