@@ -38,6 +38,9 @@ func eachProxy(t *testing.T, test func(t *testing.T, proxy reverseProxy)) {
 func (p *proxied) carriers(t *testing.T) map[string]carrier {
 	return map[string]carrier{
 		"HTTP1": restCarrier(p.rest), "HTTP2": {p.http2(t).put, p.http2(t).get},
+		"HTTP1 chunked": {func(ctx context.Context, key artifact.Key, _ int64, body io.Reader) error {
+			return p.rest.Put(ctx, key, client.UnknownSize, body)
+		}, restCarrier(p.rest).get},
 		"gRPC": {p.grpc.Put, func(ctx context.Context, key artifact.Key) (io.ReadCloser, error) {
 			download, err := p.grpc.Get(ctx, key, 0, artifact.Digest{})
 			return bodyOf(download), err
@@ -310,10 +313,12 @@ func TestProxyHeaders(t *testing.T) {
 		type seen struct {
 			header http.Header
 			host   string
+			http   int // version
+			conn   string
 		}
 		requests := make(chan seen, 1)
 		backend := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			requests <- seen{r.Header, r.Host}
+			requests <- seen{r.Header, r.Host, r.ProtoMajor, r.RemoteAddr}
 			w.WriteHeader(http.StatusTeapot)
 		}))
 		backend.Config.Protocols = &http.Protocols{}
@@ -328,7 +333,7 @@ func TestProxyHeaders(t *testing.T) {
 		protocols.SetHTTP2(true)
 		transport := &http.Transport{Protocols: protocols, TLSClientConfig: &tls.Config{RootCAs: authority.Pool()}}
 		defer transport.CloseIdleConnections()
-		ids := map[string]bool{}
+		ids, conns := map[string]bool{}, map[string]bool{}
 		for _, path := range []string{"/v1/artifacts/x", prefix + "/v1/artifacts/x", "/polykit.cache.v1.ArtifactService/StatArtifact", "/grpc.health.v1.Health/Check"} {
 			for _, id := range []string{"", "given-by-the-client"} {
 				request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+address+path, nil)
@@ -338,7 +343,9 @@ func TestProxyHeaders(t *testing.T) {
 				if id != "" {
 					request.Header.Set("X-Request-Id", id)
 				}
+				version := 1
 				if strings.HasPrefix(path, "/polykit") || strings.HasPrefix(path, "/grpc") {
+					version = 2
 					request.Header.Set("Content-Type", "application/grpc")
 				}
 				response, err := transport.RoundTrip(request)
@@ -350,6 +357,12 @@ func TestProxyHeaders(t *testing.T) {
 						t.Errorf("%s: %s is %q, want %q", path, name, got.header.Get(name), want)
 					}
 				}
+				if got.http != version {
+					t.Errorf("%s: passed on over HTTP/%d, want %d", path, got.http, version)
+				}
+				if version == 1 {
+					conns[got.conn] = true
+				}
 				if host, _, _ := strings.Cut(got.host, ":"); host != "127.0.0.1" {
 					t.Errorf("%s: Host is %q", path, got.host)
 				}
@@ -359,6 +372,9 @@ func TestProxyHeaders(t *testing.T) {
 				}
 				ids[gotID] = true
 			}
+		}
+		if len(conns) > 2 { // one more below the prefix
+			t.Errorf("the proxy made %d connections for 4 requests over REST, one after the other", len(conns))
 		}
 	})
 }

@@ -92,6 +92,7 @@ http {
 }
 `, dir, user), 0o600))
 	runProxy(t, address, exec.Command(program, "-e", "stderr", "-c", filepath.Join(dir, "nginx.conf")))
+	check(t, os.Remove(filepath.Join(dir, "body")), os.Remove(filepath.Join(dir, "proxy"))) // it is to write no body to a file
 	return address
 }
 
