@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/polykit/polykit-cache/internal/cachetest"
@@ -37,17 +36,6 @@ type reverseProxy struct {
 }
 
 var reverseProxies = []reverseProxy{{"nginx", startNginx, true}, {"caddy", startCaddy, false}}
-
-// edit replaces what a configuration must have, or the test would not know that it does not.
-func edit(t *testing.T, text string, pairs ...string) string {
-	t.Helper()
-	for i := 0; i < len(pairs); i += 2 {
-		if !strings.Contains(text, pairs[i]) {
-			t.Fatalf("the configuration has no %q", pairs[i])
-		}
-	}
-	return strings.NewReplacer(pairs...).Replace(text)
-}
 
 // startNginx starts nginx with the certificate in a directory, in front of an address. A timeout, if
 // there is one, is for all of its own.
