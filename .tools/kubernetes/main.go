@@ -2,8 +2,8 @@
 // Kubernetes and the Prometheus operator have, with no field that they do not know, and its pods must be
 // allowed where the restricted Pod Security Standard is enforced. It prints the objects as a JSON array.
 //
-// It is a module of its own, so that what it needs stays out of the program's go.mod, and a program and not a
-// tool that there is, since those that check schemas bring schemas of years ago.
+// It is a module of its own, so that what it needs stays out of the program's go.mod, and no tool that there is,
+// since those that check schemas without a cluster bring old ones.
 package main
 
 import (
