@@ -1,19 +1,29 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 const healthcheckLong = `healthcheck asks the server whether it is ready to take uploads: GET /readyz, or with --grpc
 grpc.health.v1. The exit status is 0 if it is, else 1 and the error says why.
 
 It is made for a container's HEALTHCHECK, where there may be no other program that could ask. If
-the server listens elsewhere than on the default address, name it with --server or in the
-environment.`
+--server is not given, it asks the server that the environment sets up: at the address and port of
+POLYKIT_CACHE_BIND and POLYKIT_CACHE_PORT_NUMBER, and over TLS if there is a
+POLYKIT_CACHE_TLS_CERT, which is then the certificate that it trusts. A server that has these from
+its command line can't be found like that: name it with --server.`
 
 const healthcheckExample = `  polykit-cache healthcheck
   polykit-cache healthcheck --server https://cache.example.com --grpc --timeout 1s`
@@ -30,6 +40,11 @@ func healthcheckCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if timeout <= 0 {
 				return usageError("--timeout is %v; it must be more than 0", timeout)
+			}
+			if !cmd.Flags().Changed("server") {
+				if err := flags.find(cmd.Flags()); err != nil {
+					return err
+				}
 			}
 			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
@@ -52,4 +67,53 @@ func healthcheckCommand() *cobra.Command {
 	flags.add(cmd.Flags())
 	cmd.Flags().DurationVar(&timeout, "timeout", 5*time.Second, "time in which the server must answer")
 	return cmd
+}
+
+// find sets --server to the server that the environment sets up, and what TLS needs to trust it, if that is not given.
+func (r *remoteFlags) find(given *pflag.FlagSet) error {
+	host := cmp.Or(os.Getenv(environmentName("bind")), "127.0.0.1")
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+		if ip.To4() == nil {
+			host = "::1"
+		}
+	}
+	address := url.URL{Scheme: "http", Host: net.JoinHostPort(host, cmp.Or(os.Getenv(environmentName("port")), "8080"))}
+	if file := os.Getenv(environmentName("tls-cert")); file != "" {
+		address.Scheme = "https"
+		name, err := certifiedName(file)
+		if err != nil {
+			return fmt.Errorf("%s: %w", environmentName("tls-cert"), err)
+		}
+		if !given.Changed("tls-server-name") {
+			r.tls.serverName = name
+		}
+		if !given.Changed("ca-cert") {
+			r.tls.files.CA = file
+		}
+	}
+	r.server = address.String()
+	return nil
+}
+
+// certifiedName returns a name of those that the first certificate in a PEM file is for.
+func certifiedName(file string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return "", fmt.Errorf("there is no certificate in PEM in %s", file)
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("the first certificate in %s is none: %w", file, err)
+	case len(cert.DNSNames) > 0:
+		return strings.Replace(cert.DNSNames[0], "*", "any", 1), nil
+	case len(cert.IPAddresses) > 0:
+		return cert.IPAddresses[0].String(), nil
+	}
+	return "", nil
 }
