@@ -81,11 +81,19 @@ func explainArgs(cmd *cobra.Command) {
 	}
 }
 
+// stamp is a version for a build that can't ask git for one, as from a source archive. The linker sets it:
+// -ldflags "-X main.stamp=v1.2.3".
+var stamp string
+
 // version returns the version that the binary was built from: a tag, or else the commit and its time.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
-	return info.Main.Version + " " + info.GoVersion
+	version := info.Main.Version
+	if version == "(devel)" && stamp != "" {
+		version = stamp
+	}
+	return version + " " + info.GoVersion
 }
