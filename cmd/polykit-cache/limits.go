@@ -26,6 +26,9 @@ type limitFlags struct {
 	maxManifestSize sizeFlag
 	memory          sizeFlag
 	capacity        artifact.Capacity // but for the memory before it is complete
+
+	systemMemory      int64 // what the system lets the process have, once it is complete
+	systemMemoryFault error // why that is not known
 }
 
 func newLimitFlags() limitFlags {
@@ -36,7 +39,6 @@ func newLimitFlags() limitFlags {
 		maxFiles:        limits.Files,
 		maxPathLength:   limits.PathLength,
 		maxMetadataSize: sizeFlag(limits.MetadataSize),
-		maxManifestSize: sizeFlag(limits.ManifestSize),
 		capacity:        limits.Capacity,
 	}
 }
@@ -48,8 +50,8 @@ func (c *limitFlags) add(f *pflag.FlagSet) {
 	f.IntVar(&c.maxFiles, "max-files", c.maxFiles, "most files and directories in an artifact")
 	f.IntVar(&c.maxPathLength, "max-path-length", c.maxPathLength, "most bytes in the path of a file in an artifact")
 	f.Var(&c.maxMetadataSize, "max-metadata-size", "most bytes in an artifact's metadata.json")
-	f.Var(&c.maxManifestSize, "max-manifest-size", "most bytes in an artifact's manifest.json, and in all its paths together")
-	f.Var(&c.memory, "verify-memory", fmt.Sprintf("most memory that uploads and other verifications take together; bounds how many run at once (default %s, or what the largest artifact needs)", humanize.IBytes(uint64(c.capacity.Memory))))
+	f.Var(&c.maxManifestSize, "max-manifest-size", fmt.Sprintf("most bytes in an artifact's manifest.json, and in all its paths together (default %s, or 1/%d of the memory limit)", humanize.IBytes(uint64(artifact.DefaultLimits.ManifestSize)), documentShare))
+	f.Var(&c.memory, "verify-memory", fmt.Sprintf("most memory that uploads and other verifications take together; bounds how many run at once (default %s or half of the memory limit, but at least what the largest artifact needs)", humanize.IBytes(uint64(c.capacity.Memory))))
 }
 
 // bound is what a number must be.
@@ -69,6 +71,10 @@ func checkBounds(bounds []bound) error {
 
 // complete checks the limits and fills in those that depend on others.
 func (c *limitFlags) complete() error {
+	c.systemMemory, c.systemMemoryFault = memoryLimit()
+	if c.maxManifestSize == 0 {
+		c.maxManifestSize = sizeFlag(min(artifact.DefaultLimits.ManifestSize, c.systemMemory/documentShare))
+	}
 	err := checkBounds([]bound{
 		{"max-window", int64(c.maxWindow), artifact.MinWindow, artifact.MaxWindow},
 		{"max-files", int64(c.maxFiles), 1, math.MaxInt32},
@@ -88,7 +94,7 @@ func (c *limitFlags) complete() error {
 	least := c.limits().LeastMemory()
 	switch {
 	case c.memory == 0:
-		c.capacity.Memory = max(c.capacity.Memory, least)
+		c.capacity.Memory = max(min(c.capacity.Memory, c.systemMemory/verifyShare), least)
 	case int64(c.memory) < least:
 		return usageError("--verify-memory is %d; the largest artifact that the other limits allow needs %d", c.memory, least)
 	default:

@@ -24,6 +24,7 @@ func main() {
 		signal.Stop(signals)
 		cancel()
 	}()
+	limitHeap()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 

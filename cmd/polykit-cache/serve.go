@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -32,6 +33,9 @@ const (
 	// leastHeaderSize has room for what proxies add, and mostHeaderSize is more than anybody needs.
 	leastHeaderSize = 4 << 10
 	mostHeaderSize  = 16 << 20
+
+	// mostHotSize is the default of --hot-size where memory is not short.
+	mostHotSize = 16 << 20
 
 	// longest is the longest duration that can be set: adding to it must not overflow.
 	longest = 10 * 365 * 24 * time.Hour
@@ -66,7 +70,6 @@ func serveCommand() *cobra.Command {
 		retention:       newRetentionFlags(),
 		scrub:           disk.ScrubConfig{Interval: 30 * 24 * time.Hour},
 		scrubRate:       16 << 20,
-		hotSize:         16 << 20,
 		durability:      choiceFlag{string(disk.DurabilityFull), []string{string(disk.DurabilityFull), string(disk.DurabilityNone)}},
 		logLevel:        choiceFlag{"info", []string{"trace", "debug", "info", "warn", "error"}},
 		logFormat:       choiceFlag{"text", []string{"text", "json"}},
@@ -99,7 +102,7 @@ func serveCommand() *cobra.Command {
 	c.retention.add(f)
 	f.DurationVar(&c.scrub.Interval, "scrub-interval", c.scrub.Interval, "time in which everything that is stored is read once, to find what the disk damaged; 0 for never")
 	f.Var(&c.scrubRate, "scrub-rate", "most bytes a second that are read for that")
-	f.Var(&c.hotSize, "hot-size", "most memory for artifacts that were asked for lately, so that small ones are not read again")
+	f.Var(&c.hotSize, "hot-size", fmt.Sprintf("most memory for artifacts that were asked for lately, so that small ones are not read again (default %s, or 1/%d of the memory limit)", humanize.IBytes(mostHotSize), hotShare))
 	c.limits.add(f)
 	f.IntVar(&c.limits.capacity.Queue, "max-queued-uploads", c.limits.capacity.Queue, "most uploads that wait for others to end; more are told to come again")
 	f.DurationVar(&c.limits.capacity.QueueTimeout, "queue-timeout", c.limits.capacity.QueueTimeout, "time that an upload may wait for others to end")
@@ -108,7 +111,7 @@ func serveCommand() *cobra.Command {
 	f.DurationVar(&c.server.StallTimeout, "stall-timeout", c.server.StallTimeout, "time that a client may keep the server waiting in the middle of a request before it is given up")
 	f.Var(&c.minUploadRate, "min-upload-rate", "bytes a second that an upload must come with, if it takes longer than that")
 	f.Var(&c.minDownloadRate, "min-download-rate", "bytes a second that a download must be taken with, if it takes longer than that")
-	f.IntVar(&c.server.MaxConnections, "max-connections", 0, fmt.Sprintf("most connections at once; more are told to come again (default %d, or half of the files that may be open)", server.DefaultConfig.MaxConnections))
+	f.IntVar(&c.server.MaxConnections, "max-connections", 0, fmt.Sprintf("most connections at once; more are told to come again (default %d, or half of the files that may be open, or one for each %s of the memory limit)", server.DefaultConfig.MaxConnections, humanize.IBytes(connectionMemory)))
 	f.IntVar(&c.server.MaxStreams, "max-streams", c.server.MaxStreams, "most requests and calls at once on one HTTP/2 connection")
 	f.Var(&c.maxHeaderSize, "max-header-size", "most bytes in the header of a request")
 	f.Var(&c.drainSize, "drain-size", "most bytes read of the body of a refused upload, so that the client reads the answer")
@@ -167,14 +170,22 @@ func (c *serveConfig) complete() error {
 		return usageError("--max-storage is %d; it must be 0 or at least %d, since the index takes some of it", int64(size), leastStorage)
 	}
 	c.scrub.Rate = int64(c.scrubRate)
+	if err := errors.Join(c.tls.complete(), c.retention.complete(), c.limits.complete()); err != nil {
+		return err
+	}
+	memory := c.limits.systemMemory
 	if c.server.MaxConnections == 0 {
-		c.server.MaxConnections = max(1, min(server.DefaultConfig.MaxConnections, (maxDescriptors()-ownDescriptors)/2))
+		most := min(int64(server.DefaultConfig.MaxConnections), int64(maxDescriptors()-ownDescriptors)/2, memory/connectionMemory)
+		c.server.MaxConnections = int(max(1, most))
+	}
+	if c.hotSize == 0 {
+		c.hotSize = sizeFlag(min(mostHotSize, memory/hotShare))
 	}
 	c.server.MinUploadRate = int64(c.minUploadRate)
 	c.server.MinDownloadRate = int64(c.minDownloadRate)
 	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
-	return errors.Join(c.tls.complete(), c.retention.complete(), c.limits.complete())
+	return nil
 }
 
 // serve serves until ctx is done.
@@ -231,7 +242,8 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	c.server.Handover = passed
 	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
-	defer runtime.KeepAlive(ballast())
+	defer runtime.KeepAlive(ballast(c.limits.systemMemory))
+	c.logResources(log)
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
 		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "version", version())
 	if passed {
@@ -269,19 +281,6 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		manager.run(ctx, running, serving{listener.Addr(), loaded != nil, s.Ready, store.index.DiskSize, c.server.ShutdownTimeout})
 	})
 	return s.Serve(ctx, listener)
-}
-
-// ballastSize is how much is allocated at least between two collections of garbage.
-const ballastSize = 16 << 20
-
-// ballast returns memory that is never touched, and so never takes any, but counts in what the collector
-// compares the heap with: what lives of the server's heap is so small that it would be collected twenty times
-// a second. Who sets the collector's own variables gets what they say.
-func ballast() []byte {
-	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
-		return nil
-	}
-	return make([]byte, ballastSize)
 }
 
 func nameTrace(_ []string, attr slog.Attr) slog.Attr {

@@ -1,0 +1,101 @@
+package main
+
+// The memory that the server may take is decided here. A container that takes more than its limit is killed, and
+// with it everything in flight; so with a limit the garbage collector works towards it, and what is in memory for
+// clients gets a share of it, if that is less than what it gets otherwise:
+//
+//	1/2   uploads and other verifications   --verify-memory
+//	1/8   connections                       --max-connections
+//	1/32  artifacts that are asked for      --hot-size
+//
+// --max-manifest-size is a 1/32 too, since the half of --verify-memory that is not for windows must hold the largest
+// documents several times. The rest is for the program, its index, and what the collector has not collected yet.
+// All these are defaults: who sets one gets what it says, and a warning if it does not fit.
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/KimMachineGun/automemlimit/memlimit"
+)
+
+const (
+	verifyShare   = 2
+	documentShare = 32
+	hotShare      = 32
+
+	// connectionMemory is what each connection needs of a memory limit: eight times what an idle one takes, 24 KiB.
+	connectionMemory = 8 * 24 << 10
+
+	// leastMemory is the least memory limit at which the defaults fit into it.
+	leastMemory = 128 << 20
+)
+
+// memoryLimit returns the most bytes of memory that this process may take, which on Linux its cgroup or one around it
+// says. Where nothing limits it that is math.MaxInt64.
+func memoryLimit() (int64, error) {
+	limit, err := memlimit.FromCgroup()
+	switch {
+	case errors.Is(err, memlimit.ErrNoLimit), errors.Is(err, memlimit.ErrNoCgroup), errors.Is(err, memlimit.ErrCgroupsNotSupported):
+		return math.MaxInt64, nil
+	case err != nil:
+		return math.MaxInt64, fmt.Errorf("the memory limit is not known: %w; set GOMEMLIMIT to nine tenths of it, if there is one", err)
+	}
+	return int64(min(limit, math.MaxInt64)), nil
+}
+
+// limitHeap has the garbage collector work the more, the nearer the process comes to nine tenths of its memory limit.
+// The last tenth is for what the collector knows nothing of. Who sets GOMEMLIMIT gets what it says.
+func limitHeap() {
+	if limit, err := memoryLimit(); err == nil && limit < math.MaxInt64 && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit / 10 * 9 >> 20 << 20) // whole MiB are easier to read in the log
+	}
+}
+
+// formatLimit returns a number of bytes for people, where math.MaxInt64 is no limit.
+func formatLimit(n int64) string {
+	if n == math.MaxInt64 {
+		return "none"
+	}
+	size := sizeFlag(n)
+	return size.String()
+}
+
+// ballastSize is how much is allocated at least between two collections of garbage, and ballastShare at most of the
+// memory limit.
+const (
+	ballastSize  = 16 << 20
+	ballastShare = 16
+)
+
+// ballast returns memory that is never touched, and so never takes any, but counts in what the collector
+// compares the heap with: what lives of the server's heap is so small that it would be collected twenty times
+// a second. Who sets the collector's own variables gets what they say.
+func ballast(memoryLimit int64) []byte {
+	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
+		return nil
+	}
+	return make([]byte, min(ballastSize, memoryLimit/ballastShare))
+}
+
+// logResources logs what the server found that it may take, and warns if it is too little.
+func (c *serveConfig) logResources(log *slog.Logger) {
+	limit, verify := c.limits.systemMemory, sizeFlag(c.limits.capacity.Memory)
+	log.Info("resources", "cpus", runtime.GOMAXPROCS(0), "memory_limit", formatLimit(limit), "gomemlimit", formatLimit(debug.SetMemoryLimit(-1)),
+		"verify_memory", verify.String(), "max_manifest_size", c.limits.maxManifestSize.String(), "hot_size", c.hotSize.String())
+	if err := c.limits.systemMemoryFault; err != nil {
+		log.Warn("going on as if memory were not limited", "error", err)
+	}
+	switch connections := int64(c.server.MaxConnections) * (connectionMemory / 8); {
+	case limit < leastMemory:
+		log.Warn("the memory limit is so low that the server may be killed: raise it to 128 MiB at least", "memory_limit", formatLimit(limit))
+	case limit/4*3 < int64(verify)+int64(c.hotSize)+connections:
+		log.Warn("clients can make the server take more than its memory limit, for which it would be killed: raise that, or lower --verify-memory (with --max-manifest-size), --hot-size or --max-connections",
+			"memory_limit", formatLimit(limit))
+	}
+}
