@@ -100,6 +100,16 @@ packages: ## Build a Debian package and an rpm into dist/, for this architecture
 		env -u GOARCH $(NFPM) package --config deploy/nfpm.yaml --packager $$packager --target "$$DIST" || exit; \
 	done
 
+.PHONY: image
+image: ## Build the container image polykit-cache, with docker
+	docker build -f deploy/Dockerfile -t polykit-cache --build-arg VERSION="$$(git describe --tags --always --dirty)" \
+		--build-arg REVISION="$$(git rev-parse HEAD)" .
+
+.PHONY: release
+release: ## Build the archives of the tagged commit into dist/, or of any other with ARGS=-snapshot
+	rm -rf dist
+	go run ./internal/release $(ARGS)
+
 .PHONY: clean
 clean: ## Remove what was built, but no stored artifact
 	rm -rf bin dist

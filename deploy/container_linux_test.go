@@ -204,7 +204,7 @@ func checkImage(t *testing.T, built image) {
 // checkBinary builds the binary once more, where the source has another path.
 func checkBinary(t *testing.T, built image) {
 	again := filepath.Join(t.TempDir(), "polykit-cache")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.stamp=v1.2.3-test", "-o", again, "./cmd/polykit-cache")
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=auto", "-ldflags", "-s -w -X main.stamp=v1.2.3-test", "-o", again, "./cmd/polykit-cache")
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
