@@ -4,6 +4,7 @@
 BUF         := go tool -modfile=.tools/buf.mod buf
 STATICCHECK := go tool -modfile=.tools/lint.mod staticcheck
 NFPM        := go tool -modfile=.tools/nfpm.mod nfpm
+COMPOSE     := go run -modfile=.tools/compose.mod ./.tools/compose
 
 .PHONY: help
 help: ## Say what there is to make (the default)
@@ -59,13 +60,14 @@ fuzz: ## Fuzz each target for 20 minutes (or FUZZTIME=1h)
 check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
 
 .PHONY: lint
-lint: ## Check formatting, go vet, staticcheck and buf lint
+lint: ## Check formatting, go vet, staticcheck, buf lint and compose.yaml
 	@offenders=$$(gofmt -l .) && if [ -n "$$offenders" ]; then \
 		echo "not formatted, run gofmt -w on:" >&2; echo "$$offenders" >&2; exit 1; \
 	fi
 	go vet ./...
 	$(STATICCHECK) ./...
 	$(BUF) lint
+	$(COMPOSE) deploy/compose.yaml
 
 .PHONY: generate
 generate: ## Generate gen/ from proto/
