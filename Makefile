@@ -4,6 +4,7 @@
 BUF         := go tool -modfile=.tools/buf.mod buf
 STATICCHECK := go tool -modfile=.tools/lint.mod staticcheck
 NFPM        := go tool -modfile=.tools/nfpm.mod nfpm
+PLATFORMS   := go run -modfile=.tools/platforms.mod ./.tools/platforms
 COMPOSE     := go run -modfile=.tools/compose.mod ./.tools/compose
 
 .PHONY: help
@@ -60,12 +61,13 @@ fuzz: ## Fuzz each target for 20 minutes (or FUZZTIME=1h)
 check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
 
 .PHONY: lint
-lint: ## Check formatting, go vet, staticcheck, buf lint and compose.yaml
+lint: ## Check formatting, go vet, staticcheck, types on other systems, buf lint and compose.yaml
 	@offenders=$$(gofmt -l .) && if [ -n "$$offenders" ]; then \
 		echo "not formatted, run gofmt -w on:" >&2; echo "$$offenders" >&2; exit 1; \
 	fi
 	go vet ./...
 	$(STATICCHECK) ./...
+	$(PLATFORMS) windows/amd64 darwin/arm64
 	$(BUF) lint
 	$(COMPOSE) deploy/compose.yaml
 
