@@ -104,6 +104,7 @@ func volumeDir(t *testing.T) string {
 func checkComposed(t *testing.T, built image) {
 	s, health := fromCompose(t)
 	c := built.run(t, s)
+	c.confined()
 	if got := c.exec(health...); got != "ready" {
 		t.Errorf("the health check says %q", got)
 	}
@@ -175,7 +176,7 @@ func checkMemory(t *testing.T, built image, limit int64, connections, fileCount 
 	}
 
 	// Most uploads have the largest window that there may be, and one in five the largest manifest.
-	content := make([]byte, 10<<20)
+	content := make([]byte, 9<<20)
 	rand.NewChaCha8([32]byte{}).Read(content)
 	hash := sha256.Sum256(content)
 	manifest := cachetest.Manifest(map[string]string{"data.bin": hex.EncodeToString(hash[:])}, len(content))
@@ -190,7 +191,7 @@ func checkMemory(t *testing.T, built image, limit int64, connections, fileCount 
 	var uploads sync.WaitGroup
 	var lock sync.Mutex
 	statuses := map[string]int{}
-	for n := range 60 {
+	for n := range 40 {
 		kind, rest := "large", large
 		if n%5 == 0 {
 			kind, rest = "many", many
@@ -204,7 +205,7 @@ func checkMemory(t *testing.T, built image, limit int64, connections, fileCount 
 		})
 	}
 	uploads.Wait()
-	if statuses["large 201"]+statuses["large 503"] != 48 || statuses["many 201"]+statuses["many 503"] != 12 || statuses["large 201"] == 0 || statuses["many 201"] == 0 {
+	if statuses["large 201"]+statuses["large 503"] != 32 || statuses["many 201"]+statuses["many 503"] != 8 || statuses["large 201"] == 0 || statuses["many 201"] == 0 {
 		t.Errorf("the uploads got %v", statuses)
 	}
 	if got := c.exec(health...); got != "ready" {

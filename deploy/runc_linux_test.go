@@ -46,7 +46,8 @@ type container struct {
 	log    string        // once it has ended
 	err    error         // of its end
 	ended  chan struct{} // closed then
-	net    *os.File      // its network namespace
+	pid    int
+	net    *os.File // its network namespace
 }
 
 // run runs an image until the test ends, and returns when it listens.
@@ -126,6 +127,7 @@ func (i image) run(t *testing.T, s settings) *container {
 	if err := json.Unmarshal([]byte(command(t, "", "runc", "--root", c.state, "state", c.id)), &state); err != nil {
 		t.Fatal(err)
 	}
+	c.pid = state.Pid
 	if c.net, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", state.Pid)); err != nil {
 		t.Fatal(err)
 	}
@@ -137,6 +139,29 @@ func (i image) run(t *testing.T, s settings) *container {
 func (c *container) exec(args ...string) string {
 	c.t.Helper()
 	return command(c.t, "", append([]string{"runc", "--root", c.state, "exec", c.id}, args...)...)
+}
+
+// confined checks that the server may do no more than compose.yaml says.
+func (c *container) confined() {
+	c.t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.pid))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t65532\t65532\t65532\t65532\n", "Gid:\t65532\t", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n"} {
+		if !strings.Contains(string(status), want) {
+			c.t.Errorf("the status lacks %q:\n%s", want, status)
+		}
+	}
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", c.pid))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); fields[4] == "/" && !strings.HasPrefix(fields[5], "ro") {
+			c.t.Errorf("the root file system can be written to: %s", line)
+		}
+	}
 }
 
 // stop stops the server in good order, and returns its log.

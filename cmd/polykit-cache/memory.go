@@ -34,6 +34,11 @@ const (
 
 	// leastMemory is the least memory limit at which the defaults fit into it.
 	leastMemory = 128 << 20
+
+	// ballastSize is how much is allocated at least between two collections of garbage; of a memory limit at most
+	// 1/ballastShare is.
+	ballastSize  = 16 << 20
+	ballastShare = 16
 )
 
 // memoryLimit returns the most bytes of memory that this process may take, which on Linux its cgroup or one around it
@@ -65,13 +70,6 @@ func formatLimit(n int64) string {
 	size := sizeFlag(n)
 	return size.String()
 }
-
-// ballastSize is how much is allocated at least between two collections of garbage, and ballastShare at most of the
-// memory limit.
-const (
-	ballastSize  = 16 << 20
-	ballastShare = 16
-)
 
 // ballast returns memory that is never touched, and so never takes any, but counts in what the collector
 // compares the heap with: what lives of the server's heap is so small that it would be collected twenty times
