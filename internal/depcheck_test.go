@@ -25,7 +25,8 @@ var mayImport = map[string][]string{
 	"internal/index":       {"internal/artifact", "internal/cache"},
 	"internal/retention":   {"internal/artifact", "internal/cache", "internal/disk", "internal/index"},
 	"internal/cachetest":   {"internal/artifact", "internal/cache"},
-	"internal/server":      {"internal/artifact", "internal/auth", "internal/cache", "internal/disk", "internal/index", "internal/retention", "gen/polykit/cache/v1", "google.golang.org/grpc"},
+	"internal/metrics":     {"internal/artifact", "internal/auth", "internal/disk", "internal/index", "internal/retention"},
+	"internal/server":      {"internal/artifact", "internal/auth", "internal/cache", "internal/disk", "internal/index", "internal/metrics", "internal/retention", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 	"internal/client":      {"internal/artifact", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 	"internal/load":        {"internal/artifact", "internal/client", "gen/polykit/cache/v1", "google.golang.org/grpc"},
 }

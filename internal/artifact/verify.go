@@ -67,6 +67,12 @@ func NewVerifier(limits Limits) *Verifier {
 // Slots is how many verifications may run at once.
 func (v *Verifier) Slots() int { return cap(v.capacity.slots) }
 
+// InFlight returns how many verifications run now.
+func (v *Verifier) InFlight() int { return len(v.capacity.slots) }
+
+// Queued returns how many verifications wait for others to end.
+func (v *Verifier) Queued() int { return int(v.capacity.waiting.Load()) }
+
 // Verify reads an artifact to its end and returns what it holds if it is sound and made for key.
 // Else the error is an *UnsoundError that says the first thing found wrong, the error of r if that
 // came before, or ErrBusy. The caller must have been admitted if others verify too.

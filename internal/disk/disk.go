@@ -96,6 +96,7 @@ type directory struct {
 	shards   durableShards
 	space    space
 	hot      *hot
+	scrubbed scrubCounts
 
 	inspections singleflight.Group // in progress, by the path of the artifact
 	aside       outerLocks

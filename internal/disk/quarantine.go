@@ -79,6 +79,26 @@ func (s *Store) Quarantined() ([]Quarantined, error) {
 	return found, nil
 }
 
+// QuarantineSize returns how many files are in quarantine, and what they take on the disk in bytes, without looking
+// into them.
+func (s *Store) QuarantineSize() (files int, diskSize int64, err error) {
+	entries, err := os.ReadDir(filepath.Join(s.dir, ownDir, quarantineDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, nil
+	}
+	for _, entry := range entries {
+		stat, err := entry.Info()
+		if err != nil {
+			continue // gone
+		}
+		diskSize += blocks(stat)
+		if filepath.Ext(entry.Name()) != reasonExtension {
+			files++
+		}
+	}
+	return files, diskSize, err
+}
+
 // EmptyQuarantine removes what was moved there before a time, and then, the oldest first, what is needed to
 // free as many bytes on the disk as are given. It returns how many it freed.
 func (s *Store) EmptyQuarantine(before time.Time, atLeast int64) (freed int64, err error) {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -49,6 +50,29 @@ type scrubPass struct {
 	Damaged   int64 `json:"damaged"`    // of these
 }
 
+// Scrubbed is what scrubs did since the store was opened.
+type Scrubbed struct {
+	// Artifacts is how many were read, and Bytes how many bytes they have.
+	Artifacts, Bytes int64
+	// Damaged is how many of them were found damaged and moved to quarantine.
+	Damaged int64
+	// EndedAt is when the last pass over everything ended; zero if none has.
+	EndedAt time.Time
+}
+
+// scrubCounts are counts for Scrubbed.
+type scrubCounts struct{ artifacts, bytes, damaged, endedAt atomic.Int64 }
+
+// Scrubbed returns what scrubs did since the store was opened.
+func (s *Store) Scrubbed() Scrubbed {
+	c := &s.scrubbed
+	scrubbed := Scrubbed{Artifacts: c.artifacts.Load(), Bytes: c.bytes.Load(), Damaged: c.damaged.Load()}
+	if at := c.endedAt.Load(); at > 0 {
+		scrubbed.EndedAt = time.Unix(0, at)
+	}
+	return scrubbed
+}
+
 // Scrub scrubs until ctx is done. What is damaged is moved to quarantine, memos are made anew, and
 // both are logged.
 func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
@@ -73,6 +97,7 @@ func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 		}
 		s.log.Log(ctx, level, "scrubbed everything that is stored", "artifacts", pass.Artifacts, "bytes", pass.Bytes, "damaged", pass.Damaged,
 			"took", time.Since(time.Unix(0, pass.StartedAt)).Round(time.Second))
+		s.scrubbed.endedAt.Store(time.Now().UnixNano())
 		pass = scrubPass{StartedAt: max(pass.StartedAt+int64(config.Interval), time.Now().UnixNano())}
 		s.writeScrubPass(pass)
 		if !sleep(ctx, max(time.Until(time.Unix(0, pass.StartedAt)), passPause)) {
@@ -168,10 +193,13 @@ func (s *Store) scrubShard(ctx context.Context, a *auditor, shard string, pass *
 		if e.kind == entryArtifact {
 			pass.Artifacts++
 			pass.Bytes += finding.Size
+			s.scrubbed.artifacts.Add(1)
+			s.scrubbed.bytes.Add(finding.Size)
 		}
 		switch finding.State {
 		case StateDamaged: // which was logged when it was moved
 			pass.Damaged++
+			s.scrubbed.damaged.Add(1)
 		case StateMemo, StateOrphan:
 			s.log.Warn("a scrub repaired a memo", "path", finding.Path, "problem", finding.Problem)
 		case StateUnverified:

@@ -492,6 +492,13 @@ type TaskStats struct {
 	Usage Usage
 }
 
+// SinceStart returns what happened since the index was opened.
+func (x *Index) SinceStart() Usage {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.sinceStart
+}
+
 // Stats returns statistics, with at most maxTasks tasks, or as many as have maxTextSize bytes of names.
 func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 	x.freshen(ctx)

@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"runtime/debug"
 	"slices"
@@ -71,11 +72,31 @@ type Collector struct {
 	low    chan struct{} // told when there is little room
 	short  bool          // Run said that there is too little, and nothing to evict
 	mu     sync.Mutex    // held while artifacts are removed
+
+	counting sync.Mutex
+	removed  map[Reason]Removed
+}
+
+// Removed counts artifacts that were removed, and the bytes on the disk that this freed.
+type Removed struct{ Artifacts, DiskSize int64 }
+
+// Removed returns what was removed since the Collector was made, by the reason.
+func (c *Collector) Removed() map[Reason]Removed {
+	c.counting.Lock()
+	defer c.counting.Unlock()
+	return maps.Clone(c.removed)
+}
+
+func (c *Collector) count(reason Reason, size int64) {
+	c.counting.Lock()
+	defer c.counting.Unlock()
+	sum := c.removed[reason]
+	c.removed[reason] = Removed{sum.Artifacts + 1, sum.DiskSize + size}
 }
 
 // New returns a Collector that removes what a policy does not keep from a store with an index.
 func New(x *index.Index, store Store, policy Policy, log *slog.Logger) *Collector {
-	return &Collector{index: x, policy: policy, log: log, store: store, low: make(chan struct{}, 1)}
+	return &Collector{index: x, policy: policy, log: log, store: store, low: make(chan struct{}, 1), removed: map[Reason]Removed{MaxAge: {}, KeepLast: {}, MaxStorage: {}, MinFree: {}}}
 }
 
 // Limits returns the limits that the store needs.
@@ -262,6 +283,7 @@ func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Poli
 		}
 		c.index.Evicted(e, size)
 		sums.add(e, reason, size)
+		c.count(reason, size)
 		return true, nil
 	})
 	if failures > 0 {

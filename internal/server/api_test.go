@@ -119,6 +119,9 @@ func (c *apiCase) run(t *testing.T, m mouth) {
 	if c.then != nil {
 		c.then(t, s)
 	}
+	if c.logged != "" { // when the request has ended
+		waitUntil(t, "it is logged", func() bool { return len(s.log.find(slog.LevelError, "")) > 0 })
+	}
 	errors := s.log.find(slog.LevelError, "")
 	if c.logged == "" && len(errors) > 0 || c.logged != "" && (len(errors) != 1 || !strings.Contains(errors[0].text, c.logged)) {
 		t.Errorf("logged as errors: %v; want %q", errors, c.logged)

@@ -42,9 +42,6 @@ type call struct {
 func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) error {
 	ctx := stream.Context()
 	client, _ := peer.FromContext(ctx)
-	if s.log.Enabled(ctx, LevelTrace) {
-		s.log.Log(ctx, LevelTrace, "request", "client", client.Addr, "protocol", "HTTP/2.0", "method", "POST", "path", method)
-	}
 	s.requests.Add(1)
 	c := &call{ServerStream: stream, server: s, conn: client.AuthInfo.(connInfo).conn}
 	c.receiving = newPace(s.config.StallTimeout, s.config.MinUploadRate, c.sendsTooSlowly)
@@ -52,7 +49,7 @@ func (s *Server) serveCall(method string, stream grpc.ServerStream, handle func(
 	c.sending = newPace(s.config.StallTimeout, s.config.MinDownloadRate, c.takesTooSlowly)
 	c.conn.begin(c)
 	defer c.end()
-	return s.call(ctx, method, func(ctx context.Context) error { return handle(&admittedStream{c, ctx}) })
+	return s.call(method, c, handle)
 }
 
 // RecvMsg implements grpc.ServerStream.

@@ -16,7 +16,7 @@ import (
 )
 
 func (a *artifactService) DeleteArtifact(ctx context.Context, request *cachev1.DeleteArtifactRequest) (*cachev1.DeleteArtifactResponse, error) {
-	key, err := a.key(request.GetCacheKey())
+	key, err := a.key(ctx, request.GetCacheKey())
 	if err != nil {
 		return nil, err
 	}
@@ -25,7 +25,6 @@ func (a *artifactService) DeleteArtifact(ctx context.Context, request *cachev1.D
 		a.recheck(key.In(caller.writes()), err)
 		return nil, err
 	}
-	a.server.log.InfoContext(ctx, "deleted an artifact", "scope", caller.writes(), "key", key)
 	return &cachev1.DeleteArtifactResponse{}, nil
 }
 

@@ -55,6 +55,8 @@ func (s *Server) Action(name string) auth.Action {
 const Anyone = anyone
 
 // Admitted returns handle for those who may read, and tells it whose cache it is.
-func (s *Server) Admitted(handle func(*cache.Cache)) http.HandlerFunc {
-	return s.admitted(auth.Read, func(_ http.ResponseWriter, r *http.Request) { handle(s.caller(r.Context()).cache) })
+func (s *Server) Admitted(handle func(*cache.Cache)) func(*http.Request) {
+	admitted := s.admitted(route{call: "x", action: auth.Read}, func(_ http.ResponseWriter, r *http.Request) { handle(s.caller(r.Context()).cache) })
+	w := &pacedWriter{}
+	return func(r *http.Request) { admitted(w, r) }
 }

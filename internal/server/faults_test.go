@@ -104,8 +104,10 @@ func faultCases() []apiCase {
 		c := f.want
 		c.name, c.setup, c.rest, c.grpc = f.name, failing(f.faults), f.rest, f.grpc
 		c.then = func(t *testing.T, s *testServer) {
-			if lines := s.log.find(slog.LevelDebug, "status="+fmt.Sprint(c.status)); len(lines) != 1 {
-				t.Errorf("logged of the request: %v; want one line", lines)
+			logged := func() int { return len(s.log.find(slog.LevelDebug, "request failed")) }
+			waitUntil(t, "the request is logged", func() bool { return logged() > 0 })
+			if n := logged(); n != 1 {
+				t.Errorf("there are %d lines of the request; want one", n)
 			}
 			checkReleased(t, s)
 		}

@@ -39,9 +39,11 @@ func (s *Server) newGateway() http.Handler {
 			s.refuse(w, r, err)
 			return
 		}
+		record := recordOf(w)
 		if r.Body != http.NoBody {
-			r.Body = &boundedBody{ReadCloser: r.Body, left: maxMessageSize}
+			r.Body = &boundedBody{r.Body, record, maxMessageSize}
 		}
+		r = r.WithContext(context.WithValue(r.Context(), recordKey{}, record))
 		if r.Method == http.MethodHead { // net/http leaves the body out
 			r = r.Clone(r.Context())
 			r.Method = http.MethodGet
@@ -54,11 +56,15 @@ func (s *Server) newGateway() http.Handler {
 // error gets the rest, to throw it away.
 type boundedBody struct {
 	io.ReadCloser
-	left int // bytes
+	record *record
+	left   int // bytes
 }
 
 func (b *boundedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
+	if b.left >= 0 { // or who reads on counts it
+		b.record.received += int64(n)
+	}
 	before := b.left
 	b.left -= min(n, before+1)
 	if before >= 0 && b.left < 0 {

@@ -39,18 +39,18 @@ func (s *Server) newGRPC() *grpc.Server {
 	server := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		grpc.ForceServerCodecV2(newCodec()),
+		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
+		grpc.UnknownServiceHandler(s.unknownCall),
 	)
 	s.register(&streamRegistrar{server, s.serveBehindHTTP})
+	s.config.Metrics.Calls().InitializeMetrics(server)
 	return server
 }
 
 // serveBehindHTTP handles a call on a connection of net/http.
 func (s *Server) serveBehindHTTP(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) error {
-	ctx := stream.Context()
-	messages := ctx.Value(messagesKey{}).(*messages)
-	return s.call(ctx, method, func(ctx context.Context) error {
-		return handle(&admittedStream{&messageStream{stream, messages}, ctx})
-	})
+	messages := stream.Context().Value(messagesKey{}).(*messages)
+	return s.call(method, &messageStream{stream, messages}, handle)
 }
 
 // streamRegistrar registers services whose methods are all handled as streams. The handler of one that is no stream, and
@@ -95,9 +95,12 @@ func (s *Server) register(server reflection.GRPCServer) {
 	reflection.Register(server)
 }
 
-// call runs one gRPC call, if whoever makes it may. What it returns is a status for the client; the error itself is
-// logged.
-func (s *Server) call(ctx context.Context, method string, run func(context.Context) error) (err error) {
+// call runs one gRPC call, if whoever makes it may. What it returns is a status for the client; the error itself goes
+// into the record.
+func (s *Server) call(method string, stream grpc.ServerStream, handle func(grpc.ServerStream) error) (err error) {
+	ctx := stream.Context()
+	rec := s.recordCall(method, stream)
+	defer rec.end(ctx)
 	defer func() {
 		// Unlike net/http, gRPC lets a panic end the process.
 		if p := recover(); p != nil {
@@ -106,15 +109,31 @@ func (s *Server) call(ctx context.Context, method string, run func(context.Conte
 		// An error that is a status is gRPC's own; one that wraps a status is not.
 		if _, isStatus := err.(interface{ GRPCStatus() *status.Status }); err != nil && !isStatus {
 			f := faultOf(err)
-			s.logFault(ctx, method, f, err)
+			rec.failed(f, err)
 			err = f.grpcStatus().Err()
+		} else if err != nil {
+			rec.failed(fault{}, err) // gRPC's own, as that the client has gone
 		}
+		rec.code = status.Code(err)
 	}()
 	admitted, err := s.admitCall(ctx, method)
 	if err != nil {
 		return err
 	}
-	return run(admitted)
+	rec.caller = s.caller(admitted)
+	return handle(&admittedStream{&recordedStream{stream, rec}, context.WithValue(admitted, recordKey{}, rec)})
+}
+
+// unknownCall refuses a call of a method that there is not.
+func (s *Server) unknownCall(_ any, stream grpc.ServerStream) error {
+	method, _ := grpc.MethodFromServerStream(stream)
+	rec := s.recordCall(method, stream)
+	defer rec.end(stream.Context())
+	err := fmt.Errorf("%w: there is no method %s; reflection describes those that there are", errNoRoute, method)
+	f := faultOf(err)
+	rec.failed(f, err)
+	rec.code = f.code
+	return f.grpcStatus().Err()
 }
 
 // artifactService speaks for the cache. Its errors are not statuses yet, so that the gateway, which
@@ -124,12 +143,14 @@ type artifactService struct {
 	server *Server
 }
 
-// key returns the key of a call, if the server takes it.
-func (a *artifactService) key(digits string) (artifact.Key, error) {
+// key returns the key that a call is about, if the server takes it.
+func (a *artifactService) key(ctx context.Context, digits string) (artifact.Key, error) {
 	if err := a.server.taking(); err != nil {
 		return artifact.Key{}, err
 	}
-	return artifact.ParseKey(digits)
+	key, err := artifact.ParseKey(digits)
+	recordIn(ctx).key = key
+	return key, err
 }
 
 func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.PutArtifactRequest, cachev1.PutArtifactResponse]) error {
@@ -146,7 +167,7 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 	if messages.isChunk || header == nil {
 		return fmt.Errorf("%w: the first message must be a header", errInvalidRequest)
 	}
-	key, err := a.key(header.GetCacheKey())
+	key, err := a.key(stream.Context(), header.GetCacheKey())
 	if err != nil {
 		return err
 	}
@@ -164,7 +185,8 @@ func (a *artifactService) PutArtifact(stream grpc.ClientStreamingServer[cachev1.
 	if err != nil {
 		return err
 	}
-	a.server.stored(stream.Context(), info)
+	recordIn(stream.Context()).stored = &info
+	a.server.comparisons.add(info)
 	return stream.SendAndClose(&cachev1.PutArtifactResponse{Artifact: message(info)})
 }
 
@@ -192,7 +214,7 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 func (c *chunkReader) Buffered() int { return c.left() + c.ahead }
 
 func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, stream grpc.ServerStreamingServer[cachev1.GetArtifactResponse]) error {
-	key, err := a.key(request.GetCacheKey())
+	key, err := a.key(stream.Context(), request.GetCacheKey())
 	if err != nil {
 		return err
 	}
@@ -229,12 +251,11 @@ func (a *artifactService) GetArtifact(request *cachev1.GetArtifactRequest, strea
 		}
 		left -= size
 	}
-	a.server.logSent(stream.Context(), info, length)
 	return nil
 }
 
 func (a *artifactService) StatArtifact(ctx context.Context, request *cachev1.StatArtifactRequest) (*cachev1.StatArtifactResponse, error) {
-	key, err := a.key(request.GetCacheKey())
+	key, err := a.key(ctx, request.GetCacheKey())
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +267,7 @@ func (a *artifactService) StatArtifact(ctx context.Context, request *cachev1.Sta
 }
 
 func (a *artifactService) ListArtifactFiles(ctx context.Context, request *cachev1.ListArtifactFilesRequest) (*cachev1.ListArtifactFilesResponse, error) {
-	key, err := a.key(request.GetCacheKey())
+	key, err := a.key(ctx, request.GetCacheKey())
 	if err != nil {
 		return nil, err
 	}

@@ -136,17 +136,21 @@ func (s *Server) admit(ctx context.Context, action auth.Action, credentials auth
 }
 
 // admitted is a handler of requests that do something, for those who may.
-func (s *Server) admitted(action auth.Action, handle http.HandlerFunc) http.HandlerFunc {
+func (s *Server) admitted(route route, handle http.HandlerFunc) http.HandlerFunc {
+	method := s.config.Metrics.Method(protocolREST, methodName(route.call))
 	return func(w http.ResponseWriter, r *http.Request) {
+		record := recordOf(w)
+		record.method, record.action = method, route.action
 		credentials := auth.Credentials{Scope: scopeOf(r)}
 		if s.config.Auth != nil {
 			credentials.Authorization, credentials.Certificate = r.Header["Authorization"], ClientCertificate(r.Context())
 		}
-		ctx, err := s.admit(r.Context(), action, credentials)
+		ctx, err := s.admit(r.Context(), route.action, credentials)
 		if err != nil {
 			s.refuse(w, r, err)
 			return
 		}
+		record.caller = s.caller(ctx)
 		if ctx != r.Context() {
 			r = r.WithContext(ctx)
 		}

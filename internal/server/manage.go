@@ -194,10 +194,13 @@ func (a *artifactService) FindMissingArtifacts(ctx context.Context, request *cac
 	if len(request.GetCacheKeys()) > maxKeys {
 		return nil, fmt.Errorf("%w: there are %d keys; ask for at most %d at once", errInvalidRequest, len(request.GetCacheKeys()), maxKeys)
 	}
+	if err := a.server.notDraining(); err != nil {
+		return nil, err
+	}
 	keys := make([]artifact.Key, len(request.GetCacheKeys()))
 	for i, digits := range request.GetCacheKeys() {
 		var err error
-		if keys[i], err = a.key(digits); err != nil {
+		if keys[i], err = artifact.ParseKey(digits); err != nil {
 			return nil, err
 		}
 	}
@@ -221,7 +224,7 @@ func (a *artifactService) UnpinArtifact(ctx context.Context, request *cachev1.Un
 }
 
 func (a *artifactService) pin(ctx context.Context, digits string, pinned bool) error {
-	key, err := a.key(digits)
+	key, err := a.key(ctx, digits)
 	if err != nil {
 		return err
 	}
@@ -229,7 +232,7 @@ func (a *artifactService) pin(ctx context.Context, digits string, pinned bool) e
 }
 
 func (a *artifactService) PromoteArtifact(ctx context.Context, request *cachev1.PromoteArtifactRequest) (*cachev1.PromoteArtifactResponse, error) {
-	key, err := a.key(request.GetCacheKey())
+	key, err := a.key(ctx, request.GetCacheKey())
 	if err != nil {
 		return nil, err
 	}

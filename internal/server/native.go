@@ -61,6 +61,8 @@ func (s *Server) newNative() *grpc.Server {
 		grpc.StaticConnWindowSize(connWindow),
 		grpc.ReadBufferSize(readBuffer),
 		grpc.WriteBufferSize(writeBuffer),
+		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
+		grpc.UnknownServiceHandler(s.unknownCall),
 	)
 	s.register(&streamRegistrar{server, s.serveCall})
 	return server

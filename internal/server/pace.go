@@ -150,9 +150,10 @@ func (p *pace) tooSlow(should string) error {
 
 // pacedBody is the body of an upload, whose client must send it at the least rate.
 type pacedBody struct {
-	body  io.Reader
-	pace  *pace
-	first func() // is called before the first read, if it is not nil
+	body     io.Reader
+	pace     *pace
+	first    func() // is called before the first read, if it is not nil
+	received int64  // bytes
 }
 
 func (b *pacedBody) Read(p []byte) (int, error) {
@@ -163,6 +164,7 @@ func (b *pacedBody) Read(p []byte) (int, error) {
 	b.pace.begin(0)
 	n, err := b.body.Read(p)
 	b.pace.end(n)
+	b.received += int64(n)
 	if err != nil {
 		if slow := b.pace.stop("send"); slow != nil {
 			err = slow
@@ -171,21 +173,38 @@ func (b *pacedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// pacedWriter is an answer whose client must take it at the least rate.
+// pacedWriter is an answer whose client must take it at the least rate, and which is recorded.
 type pacedWriter struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	pace    *pace
 	conn    *greetedConn // of HTTP/1, else nil
+	record  record       // of a request over REST
 }
 
 // Unwrap is for http.ResponseController.
 func (w *pacedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// WriteHeader implements http.ResponseWriter.
+func (w *pacedWriter) WriteHeader(status int) {
+	w.answering(status)
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// answering says that the answer begins, with a status if it has none yet.
+func (w *pacedWriter) answering(status int) {
+	if w.record.status == 0 {
+		w.record.status = status
+		w.record.answering()
+	}
+}
+
 func (w *pacedWriter) Write(p []byte) (int, error) {
+	w.answering(http.StatusOK)
 	w.pace.begin(len(p))
 	n, err := w.write(p)
 	w.pace.end(n)
+	w.record.sent += int64(n)
 	return n, err
 }
 
@@ -228,6 +247,7 @@ const sendSize = 256 << 10
 
 // ReadFrom lets net/http use sendfile(2), if r is a file or a part of one.
 func (w *pacedWriter) ReadFrom(r io.Reader) (sent int64, err error) {
+	w.answering(http.StatusOK)
 	to, sends := w.ResponseWriter.(io.ReaderFrom)
 	file := fileOf(r)
 	if !sends || file == nil {
@@ -242,6 +262,7 @@ func (w *pacedWriter) ReadFrom(r io.Reader) (sent int64, err error) {
 		w.pace.begin(int(size))
 		n, err := to.ReadFrom(&io.LimitedReader{R: file, N: size})
 		w.pace.end(int(n))
+		w.record.sent += n
 		sent += n
 		left -= n
 		if err != nil || n < size {

@@ -19,18 +19,22 @@ import (
 // putArtifact is PUT /v1/artifacts/{cache_key}.
 func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 	key, err := artifact.ParseKey(r.PathValue("cache_key"))
+	record := recordOf(w)
 	var info artifact.Info
 	if err == nil {
+		record.key = key
 		body := s.paceBody(w, r)
 		info, err = s.caller(r.Context()).cache.Put(r.Context(), key, r.ContentLength, body)
 		body.pace.stop("send")
+		record.received = body.received
 	}
 	if err != nil {
 		s.refuse(w, r, err)
 		return
 	}
 	w.WriteHeader(http.StatusCreated)
-	s.stored(r.Context(), info)
+	record.stored = &info
+	s.comparisons.add(info)
 }
 
 // getArtifact is GET /v1/artifacts/{cache_key}.
@@ -40,6 +44,7 @@ func (s *Server) getArtifact(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	recordOf(w).key = key
 	file, info, err := s.caller(r.Context()).cache.Get(r.Context(), key)
 	if err != nil {
 		s.refuse(w, r, err)
@@ -56,6 +61,7 @@ func (s *Server) headArtifact(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	recordOf(w).key = key
 	info, err := s.caller(r.Context()).cache.Stat(r.Context(), key)
 	if err != nil {
 		s.refuse(w, r, err)
@@ -87,14 +93,13 @@ func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artif
 	}
 	err := d.cutShort()
 	if err == nil {
-		s.logSent(r.Context(), info, d.sent)
 		return
 	}
 	f := internal
 	if d.left {
 		f = faultOf(context.Canceled)
 	}
-	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
+	recordOf(w).failed(f, err)
 	panic(http.ErrAbortHandler) // a short answer must not look like a whole one
 }
 
@@ -232,7 +237,8 @@ func (d *download) cutShort() error {
 // answer is sent first, and then the body is read and thrown away, within bounds.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	f := faultOf(err)
-	s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
+	record := recordOf(w)
+	record.failed(f, err)
 	if refusal, ok := errors.AsType[*auth.Error](err); ok && f.status == http.StatusUnauthorized {
 		w.Header()["Www-Authenticate"] = refusal.Challenges()
 	}
@@ -270,6 +276,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 			return
 		}
 		left -= int64(n)
+		record.received += int64(n)
 	}
 }
 

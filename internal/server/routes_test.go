@@ -74,7 +74,7 @@ func routeCases() []apiCase {
 		"/v1/artifacts%2F" + keyA,
 		"/V1/artifacts/" + keyA,
 		"/ca/97/" + keyA + ".zst",
-		"/healthz/", "/metrics", "/openapi.json/", "/favicon.ico",
+		"/healthz/", "/metrics/", "/openapi.json/", "/favicon.ico",
 		"/polykit.cache.v1.ArtifactService/StatArtifact",
 	} {
 		for _, method := range []string{"GET", "PUT"} {

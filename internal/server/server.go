@@ -31,6 +31,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"path"
 	"runtime/debug"
 	"slices"
@@ -46,6 +47,7 @@ import (
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cache"
+	"github.com/polykit/polykit-cache/internal/metrics"
 )
 
 // Config configures a Server. Every duration and size must be positive.
@@ -84,6 +86,11 @@ type Config struct {
 	TLS *tls.Config
 	// Auth says who may do what. Nil means that everybody may do everything, in the default scope.
 	Auth *auth.Authenticator
+	// Metrics is where requests are counted. Nil means nowhere.
+	Metrics *metrics.Metrics
+	// TrustedProxies are the addresses of proxies that are believed when they say whom they ask for
+	// (X-Forwarded-For).
+	TrustedProxies []netip.Prefix
 	// Management is what the methods need that are for those who run a cache. Without it they refuse.
 	Management *Management
 }
@@ -120,13 +127,17 @@ type Server struct {
 	writing     atomic.Int64  // Writes in progress on native's connections
 	draining    chan struct{} // closed when Serve begins to shut down
 	idle        chan struct{} // told when there are no requests in flight while draining
-	everybody   *caller       // who sends requests, as long as nobody is told from others
+	listener    atomic.Pointer[limitedListener]
+	everybody   *caller // who sends requests, as long as nobody is told from others
 	refusals    refusals
 	comparisons comparisons
 }
 
 // New returns a server for a cache.
 func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
+	if config.Metrics == nil {
+		config.Metrics = metrics.New()
+	}
 	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1), everybody: &caller{cache: c}}
 	if config.Auth != nil && config.Management != nil {
 		s.comparisons.queue = make(chan artifact.Info, maxComparisons)
@@ -169,7 +180,7 @@ func (s *Server) split(rest http.Handler) http.Handler {
 		defer func() {
 			if p := recover(); p != nil {
 				if p != http.ErrAbortHandler {
-					s.logFault(r.Context(), r.Method+" "+r.URL.Path, internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+					recordOf(w).failed(internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 				}
 				panic(http.ErrAbortHandler) // the answer may have begun, so all that is left is to cut it
 			}
@@ -182,13 +193,10 @@ func isGRPC(r *http.Request) bool {
 	return r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 
-// track counts the requests in flight. While the server drains, it tells clients that keep a
-// connection open to use another one.
+// track counts the requests in flight, and records each. While the server drains, it tells clients that
+// keep a connection open to use another one.
 func (s *Server) track(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if s.log.Enabled(r.Context(), LevelTrace) { // its arguments cost more than the question
-			s.log.Log(r.Context(), LevelTrace, "request", "client", r.RemoteAddr, "protocol", r.Proto, "method", r.Method, "path", r.URL.Path)
-		}
 		r.TLS = tlsState(r.Context()) // net/http does not know of it
 		s.requests.Add(1)
 		defer s.requestDone()
@@ -197,8 +205,21 @@ func (s *Server) track(next http.Handler) http.Handler {
 		}
 		paced := s.paceRequest(w, r)
 		defer paced.handled(r)
+		if !isGRPC(r) { // which is recorded where both gRPC servers are one
+			s.record(paced, r)
+			defer paced.record.end(r.Context())
+		}
 		next.ServeHTTP(paced, r)
 	})
+}
+
+// record begins the record of a request that w answers.
+func (s *Server) record(w *pacedWriter, r *http.Request) {
+	w.record = s.begin(protocolREST, r.Header.Get(requestIDHeader))
+	setHeaders(w, requestIDHeader, w.record.id)
+	w.record.request = [2]string{r.Method, r.URL.Path}
+	w.record.remote, w.record.proxies = r.RemoteAddr, r.Header["X-Forwarded-For"]
+	w.record.began(r.Context())
 }
 
 // requestDone says that a request in flight has ended.
@@ -226,6 +247,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		native.deliver(s.newNativeConn(conn, came, limited.closed))
 	})
 	s.http.ConnState = limited.changed
+	s.listener.Store(limited)
 	if s.comparisons.queue != nil {
 		comparing, stop := context.WithCancel(context.WithoutCancel(ctx))
 		var compared sync.WaitGroup
@@ -301,6 +323,17 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	return err
 }
 
+// InFlight returns how many requests and calls are handled now.
+func (s *Server) InFlight() int64 { return s.requests.Load() }
+
+// Connections returns how many connections are open.
+func (s *Server) Connections() int64 {
+	if listener := s.listener.Load(); listener != nil {
+		return listener.open.Load()
+	}
+	return 0
+}
+
 // Ready returns an error that says why, if the server can't take uploads.
 func (s *Server) Ready(ctx context.Context) error {
 	if err := s.taking(); err != nil {
@@ -329,17 +362,20 @@ func (s *Server) notDraining() error {
 // route is one path over REST.
 type route struct {
 	method, path string
+	call         string      // that does the same, or what it is called else
 	action       auth.Action // what it does
 	handle       http.HandlerFunc
 }
 
 func (s *Server) routes(gateway http.Handler) []route {
 	// A JSON method does what the call does that it stands for.
-	json := func(method, path, call string) route { return route{method, path, actions[call], gateway.ServeHTTP} }
+	json := func(method, path, call string) route {
+		return route{method, path, call, actions[call], gateway.ServeHTTP}
+	}
 	return []route{
-		{http.MethodPut, "/v1/artifacts/{cache_key}", auth.Write, s.whileServing(s.putArtifact)},
-		{http.MethodGet, "/v1/artifacts/{cache_key}", auth.Read, s.whileServing(s.getArtifact)},
-		{http.MethodHead, "/v1/artifacts/{cache_key}", auth.Read, s.whileServing(s.headArtifact)},
+		{http.MethodPut, "/v1/artifacts/{cache_key}", cachev1.ArtifactService_PutArtifact_FullMethodName, auth.Write, s.whileServing(s.putArtifact)},
+		{http.MethodGet, "/v1/artifacts/{cache_key}", cachev1.ArtifactService_GetArtifact_FullMethodName, auth.Read, s.whileServing(s.getArtifact)},
+		{http.MethodHead, "/v1/artifacts/{cache_key}", "HeadArtifact", auth.Read, s.whileServing(s.headArtifact)},
 		json(http.MethodGet, "/v1/artifacts/{cache_key}/metadata", cachev1.ArtifactService_StatArtifact_FullMethodName),
 		json(http.MethodGet, "/v1/artifacts/{cache_key}/files", cachev1.ArtifactService_ListArtifactFiles_FullMethodName),
 		json(http.MethodGet, "/v1/artifacts", cachev1.ArtifactService_ListArtifacts_FullMethodName),
@@ -352,9 +388,10 @@ func (s *Server) routes(gateway http.Handler) []route {
 		json(http.MethodPost, "/v1/artifacts/{cache_key}/promote", cachev1.ArtifactService_PromoteArtifact_FullMethodName),
 		json(http.MethodGet, "/v1/stats", cachev1.ArtifactService_GetCacheStats_FullMethodName),
 		json(http.MethodGet, "/v1/quarantine", cachev1.ArtifactService_ListQuarantine_FullMethodName),
-		{http.MethodGet, "/healthz", anyone, s.healthz},
-		{http.MethodGet, "/readyz", anyone, s.readyz},
-		{http.MethodGet, "/openapi.json", anyone, s.openAPI},
+		{http.MethodGet, "/healthz", "/healthz", anyone, s.healthz},
+		{http.MethodGet, "/readyz", "/readyz", anyone, s.readyz},
+		{http.MethodGet, "/openapi.json", "/openapi.json", anyone, s.openAPI},
+		{http.MethodGet, "/metrics", "/metrics", auth.Operate, s.config.Metrics.Handler().ServeHTTP},
 	}
 }
 
@@ -363,7 +400,7 @@ func (s *Server) newREST() http.Handler {
 	mux := http.NewServeMux()
 	allowed := map[string][]string{}
 	for _, route := range s.routes(s.newGateway()) {
-		mux.HandleFunc(route.method+" "+route.path, s.admitted(route.action, route.handle))
+		mux.HandleFunc(route.method+" "+route.path, s.admitted(route, route.handle))
 		allowed[route.path] = append(allowed[route.path], route.method)
 	}
 	for path, methods := range allowed {
@@ -433,7 +470,7 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 	if err := s.Ready(r.Context()); err != nil {
 		f := faultOf(err)
 		f.status, f.sentence = http.StatusServiceUnavailable, sentence(err)
-		s.logFault(r.Context(), r.Method+" "+r.URL.Path, f, err)
+		recordOf(w).failed(f, err)
 		writeFault(w, f)
 		return
 	}
@@ -443,46 +480,4 @@ func (s *Server) readyz(w http.ResponseWriter, r *http.Request) {
 func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Write(cachev1.OpenAPI)
-}
-
-// stored is told of an upload whose answer is on its way.
-func (s *Server) stored(ctx context.Context, info artifact.Info) {
-	s.comparisons.add(info)
-	s.log.InfoContext(ctx, "stored an artifact", "scope", info.Scope, "key", info.Key, "size", info.Size, "files", info.FileCount,
-		"package", info.PackageName, "task", info.TaskName)
-}
-
-// logSent logs a download.
-func (s *Server) logSent(ctx context.Context, info artifact.Info, sent int64) {
-	if s.log.Enabled(ctx, slog.LevelDebug) {
-		s.log.DebugContext(ctx, "sent an artifact", "key", info.Key, "size", info.Size, "sent", sent)
-	}
-}
-
-// logFault logs an error at the edge, where it becomes a status, and nowhere else: in full if it is
-// the server's own.
-func (s *Server) logFault(ctx context.Context, request string, f fault, err error) {
-	level := slog.LevelDebug
-	switch f.status {
-	case http.StatusInternalServerError:
-		level = slog.LevelError
-	case http.StatusInsufficientStorage, http.StatusServiceUnavailable:
-		level = slog.LevelWarn
-	case http.StatusUnprocessableEntity, http.StatusRequestEntityTooLarge, http.StatusUnauthorized, http.StatusForbidden:
-		level = slog.LevelInfo
-	}
-	if !s.log.Enabled(ctx, level) {
-		return
-	}
-	attributes := []any{"request", request, "status", f.status, "reason", f.reason, "error", err}
-	if refusal, ok := errors.AsType[*auth.Error](err); ok { // the client is told less
-		attributes = append(attributes, "refused", refusal.Reason, "detail", refusal.Detail)
-		unlogged, ok := s.refusals.log(refusal.Reason)
-		if !ok {
-			level = slog.LevelDebug
-		} else if unlogged > 0 {
-			attributes = append(attributes, "unlogged", unlogged)
-		}
-	}
-	s.log.Log(ctx, level, "request failed", attributes...)
 }
