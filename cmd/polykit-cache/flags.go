@@ -2,16 +2,14 @@ package main
 
 import (
 	"fmt"
-	"log/slog"
 	"math"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/pflag"
-
-	"github.com/polykit/polykit-cache/internal/server"
 )
 
 // environmentName returns the environment variable of a flag.
@@ -113,11 +111,33 @@ func (c *choiceFlag) Set(text string) error {
 
 func (c *choiceFlag) Type() string { return strings.Join(c.choices, "|") }
 
-// levels are the levels of the log, by name. slog has no name for trace.
-var levels = map[string]slog.Level{
-	"trace": server.LevelTrace,
-	"debug": slog.LevelDebug,
-	"info":  slog.LevelInfo,
-	"warn":  slog.LevelWarn,
-	"error": slog.LevelError,
+// prefixesFlag is a list of addresses and networks. Each time that the flag is given adds to it.
+type prefixesFlag []netip.Prefix
+
+func (f *prefixesFlag) String() string {
+	var texts []string
+	for _, prefix := range *f {
+		texts = append(texts, prefix.String())
+	}
+	return strings.Join(texts, ",")
 }
+
+func (f *prefixesFlag) Set(text string) error {
+	for part := range strings.SplitSeq(text, ",") {
+		part = strings.TrimSpace(part)
+		prefix, err := netip.ParsePrefix(part)
+		if address, single := netip.ParseAddr(part); single == nil {
+			prefix, err = netip.PrefixFrom(address, address.BitLen()), nil
+		}
+		if err != nil || prefix.Addr().Zone() != "" {
+			return fmt.Errorf("%q is neither an IP address nor a network such as 10.0.0.0/8", part)
+		}
+		if ip := prefix.Addr(); ip.Is4In6() && prefix.Bits() >= 96 {
+			prefix = netip.PrefixFrom(ip.Unmap(), prefix.Bits()-96)
+		}
+		*f = append(*f, prefix.Masked())
+	}
+	return nil
+}
+
+func (f *prefixesFlag) Type() string { return "addresses" }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
 	"net"
 	"os"
@@ -22,6 +21,7 @@ import (
 	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
+	"github.com/polykit/polykit-cache/internal/metrics"
 	"github.com/polykit/polykit-cache/internal/server"
 )
 
@@ -46,6 +46,8 @@ type serveConfig struct {
 	storageDir      string
 	bind            string
 	port            int
+	adminAddress    string
+	trustedProxies  prefixesFlag
 	tls             serverTLSFlags
 	authFile        string
 	durability      choiceFlag
@@ -96,6 +98,8 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")
+	f.StringVar(&c.adminAddress, "admin-address", "", "`address` and port, such as 127.0.0.1:9090, to serve /metrics, /debug/pprof, /log-level, /healthz and /readyz on without a credential; none without it")
+	f.Var(&c.trustedProxies, "trusted-proxies", "addresses and networks of proxies, such as 10.0.0.0/8, that are believed when they say whom they ask for (X-Forwarded-For), for the log")
 	c.tls.add(f)
 	f.StringVar(&c.authFile, "auth-file", "", "`file` that says who may do what; without it everybody may do everything; read again when it changes, and on SIGHUP; \"auth check\" checks it")
 	f.Var(&c.durability, "durability", "what a power cut may take: nothing that was acknowledged (full), or what was stored in about the last half minute (none), which is faster; a crash of the server alone takes nothing with either")
@@ -132,6 +136,9 @@ func (c *serveConfig) complete() error {
 	}
 	if _, err := net.ResolveIPAddr("ip", c.bind); err != nil || c.bind == "" {
 		return usageError("--bind is %q; it must be an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::", c.bind)
+	}
+	if _, _, err := net.SplitHostPort(c.adminAddress); err != nil && c.adminAddress != "" {
+		return usageError("--admin-address is %q; it must be an address and a port, such as 127.0.0.1:9090", c.adminAddress)
 	}
 	err := checkBounds([]bound{
 		{"max-connections", int64(c.server.MaxConnections), 0, math.MaxInt32},
@@ -190,11 +197,7 @@ func (c *serveConfig) complete() error {
 
 // serve serves until ctx is done.
 func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
-	options := &slog.HandlerOptions{Level: levels[c.logLevel.value], ReplaceAttr: nameTrace}
-	log := slog.New(slog.NewTextHandler(logTo, options))
-	if c.logFormat.value == "json" {
-		log = slog.New(slog.NewJSONHandler(logTo, options))
-	}
+	log, level := newLog(logTo, c.logFormat.value, c.logLevel.value)
 	defer func() {
 		if err == nil {
 			log.Info("stopped")
@@ -240,15 +243,28 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		return err
 	}
 	c.server.Handover = passed
+	var operators *admin
+	adminAddress := ""
+	if c.adminAddress != "" {
+		if operators, err = newAdmin(c.adminAddress, log); err != nil {
+			listener.Close()
+			return err
+		}
+		adminAddress = operators.listener.Addr().String()
+	}
+	m := metrics.New()
+	m.Build(version(), runtime.Version())
+	c.server.Metrics, c.server.TrustedProxies = m, c.trustedProxies
 	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast(c.limits.systemMemory))
 	c.logResources(log)
 	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
-		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "version", version())
+		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "admin_address", adminAddress, "version", version())
 	if passed {
 		log.Info("serving on the socket that the service manager passed, whatever --bind and --port are by default", "address", listener.Addr().String())
 	}
+	m.Watch(metrics.Sources{Index: store.index, Collector: store.collector, Store: store.Store, Verifier: verifier, Requests: s.InFlight, Connections: s.Connections, Refusals: s.Refusals})
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
 	var background sync.WaitGroup
 	defer func() {
@@ -256,6 +272,10 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		background.Wait()
 	}()
 	background.Go(func() { store.run(running) })
+	background.Go(func() { level.onSignals(running) })
+	if operators != nil {
+		background.Go(func() { operators.serve(running, operators.routes(s, m, level)) })
+	}
 	background.Go(func() {
 		onSignal(running, hangups, func() {
 			manager.reload(func() {
@@ -281,11 +301,4 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 		manager.run(ctx, running, serving{listener.Addr(), loaded != nil, s.Ready, store.index.DiskSize, c.server.ShutdownTimeout})
 	})
 	return s.Serve(ctx, listener)
-}
-
-func nameTrace(_ []string, attr slog.Attr) slog.Attr {
-	if level, ok := attr.Value.Any().(slog.Level); ok && attr.Key == slog.LevelKey && level == levels["trace"] {
-		return slog.String(slog.LevelKey, "TRACE")
-	}
-	return attr
 }

@@ -63,7 +63,7 @@ func New() *Metrics {
 		m.registry.MustRegister(h)
 		return h
 	}
-	m.requests = counter("requests_total", "Requests and calls that have ended, by protocol (rest, grpc), method (that of the gRPC service that does the same, or a path) and status (of HTTP, or the code of gRPC).", append(byMethod, "status")...)
+	m.requests = counter("requests_total", "Requests and calls that have ended, by protocol (rest, grpc), method (that of the gRPC service that does the same, or what is no method there) and status (of HTTP, or the code of gRPC).", append(byMethod, "status")...)
 	m.duration = histogram("request_duration_seconds", "Time from a request's header to the end of its answer.")
 	m.firstByte = histogram("request_first_byte_seconds", "Time from a request's header to the first byte of its answer.")
 	m.received = counter("received_bytes_total", "Bytes of bodies over REST and of messages over gRPC that were received.", byMethod...)

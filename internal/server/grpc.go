@@ -43,7 +43,6 @@ func (s *Server) newGRPC() *grpc.Server {
 		grpc.UnknownServiceHandler(s.unknownCall),
 	)
 	s.register(&streamRegistrar{server, s.serveBehindHTTP})
-	s.config.Metrics.Calls().InitializeMetrics(server)
 	return server
 }
 

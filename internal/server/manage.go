@@ -194,7 +194,7 @@ func (a *artifactService) FindMissingArtifacts(ctx context.Context, request *cac
 	if len(request.GetCacheKeys()) > maxKeys {
 		return nil, fmt.Errorf("%w: there are %d keys; ask for at most %d at once", errInvalidRequest, len(request.GetCacheKeys()), maxKeys)
 	}
-	if err := a.server.notDraining(); err != nil {
+	if err := a.server.taking(); err != nil {
 		return nil, err
 	}
 	keys := make([]artifact.Key, len(request.GetCacheKeys()))

@@ -1,0 +1,6 @@
+package main
+
+import "os"
+
+// toggleSignals are none: Windows has no such signals.
+var toggleSignals []os.Signal
