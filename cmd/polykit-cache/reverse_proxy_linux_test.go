@@ -105,15 +105,6 @@ func startCaddy(t *testing.T, dir, backend, timeout string) string {
 	return address
 }
 
-// freeAddress returns an address that nobody listens on, for programs that can't choose one.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
 // runProxy runs a proxy until the test ends, and returns when it listens.
 func runProxy(t *testing.T, address string, command *exec.Cmd) {
 	t.Helper()
