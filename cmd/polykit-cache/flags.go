@@ -1,10 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
 	"os"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -35,7 +38,65 @@ const onlyGiven = "only-given"
 
 // notFromEnvironment marks a flag that must be given on the command line: one that would be dangerous, or mean
 // something else, where it is not in sight.
-func notFromEnvironment(f *pflag.Flag) { f.Annotations = map[string][]string{onlyGiven: nil} }
+func notFromEnvironment(f *pflag.Flag) { annotate(f, onlyGiven) }
+
+// secret marks a flag whose value nobody is to see.
+const secret = "secret"
+
+// markSecret marks a flag whose value nobody is to see, neither in an error nor where settings are printed.
+func markSecret(f *pflag.Flag) { annotate(f, secret) }
+
+func isSecret(f *pflag.Flag) bool {
+	_, marked := f.Annotations[secret]
+	return marked
+}
+
+// origin is the annotation that says where the value of a flag is from, if it is not the command line.
+const origin = "origin"
+
+func setOrigin(f *pflag.Flag, from string) { annotate(f, origin, from) }
+
+// originOf returns where the value of a flag is from.
+func originOf(f *pflag.Flag) string {
+	switch from := f.Annotations[origin]; {
+	case len(from) > 0:
+		return from[0]
+	case f.Changed:
+		return "flag"
+	}
+	return "default"
+}
+
+func annotate(f *pflag.Flag, name string, values ...string) {
+	if f.Annotations == nil {
+		f.Annotations = map[string][]string{}
+	}
+	f.Annotations[name] = values
+}
+
+// flagNames matches flags in a sentence.
+var flagNames = regexp.MustCompile(`--[a-z][a-z-]*`)
+
+// withOrigins adds to an error about settings where those are from that it names, if that is not the command line.
+func withOrigins(err error, flags *pflag.FlagSet) error {
+	if e, ok := errors.AsType[*exitError](err); !ok || e.status != exitUsage {
+		return err
+	}
+	var all []string
+	for _, name := range flagNames.FindAllString(err.Error(), -1) {
+		f := flags.Lookup(name[2:])
+		if f == nil || len(f.Annotations[origin]) == 0 {
+			continue
+		}
+		if from := name + " is from " + originOf(f); !slices.Contains(all, from) {
+			all = append(all, from)
+		}
+	}
+	if len(all) == 0 {
+		return err
+	}
+	return usageError("%w (%s)", err, strings.Join(all, ", "))
+}
 
 // describeEnvironment adds the environment variable of each flag to its help.
 func describeEnvironment(flags *pflag.FlagSet) {
@@ -46,7 +107,7 @@ func describeEnvironment(flags *pflag.FlagSet) {
 	})
 }
 
-// setFromEnvironment sets the flags that the command line does not.
+// setFromEnvironment sets the flags that the command line does not. What neither does, setFromFile may.
 func setFromEnvironment(flags *pflag.FlagSet) error {
 	var first error
 	flags.VisitAll(func(f *pflag.Flag) {
@@ -54,10 +115,12 @@ func setFromEnvironment(flags *pflag.FlagSet) error {
 		if first != nil || f.Changed || value == "" || !hasEnvironment(f) {
 			return
 		}
+		name := environmentName(f.Name)
 		if err := f.Value.Set(value); err != nil {
-			first = usageError("invalid value %q of the environment variable %s: %w", value, environmentName(f.Name), err)
+			first = usageError("%w", invalidValue(f, value, "the environment variable "+name, err))
 		}
 		f.Changed = true
+		setOrigin(f, "environment "+name)
 	})
 	return first
 }
@@ -81,7 +144,10 @@ func (s *sizeFlag) String() string {
 var binaryUnits = []string{"", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 
 func (s *sizeFlag) Set(text string) error {
-	n, err := humanize.ParseBytes(text)
+	n, err := strconv.ParseUint(text, 10, 63) // which is exact
+	if err != nil {
+		n, err = humanize.ParseBytes(text)
+	}
 	if err != nil || n == 0 || n > math.MaxInt64 {
 		return fmt.Errorf("not a size of at least 1 byte, such as 1073741824, 512MiB or 1GiB")
 	}

@@ -85,7 +85,7 @@ func TestHelpNamesTheEnvironmentOfEveryFlag(t *testing.T) {
 func TestEveryCommandHasHelp(t *testing.T) {
 	t.Parallel()
 	commands := clientCommands()
-	for _, cmd := range []*cobra.Command{authCommand(), tokenCommand()} {
+	for _, cmd := range []*cobra.Command{authCommand(), tokenCommand(), configCommand()} {
 		commands = append(commands, withBelow(cmd)...)
 	}
 	for _, cmd := range commands {

@@ -30,8 +30,9 @@ removed. What was removed can be uploaded again. Downloads that have begun get a
 
 The limits hold for this one run. It asks the server at --server, whose own limits hold where no
 other was given. With --storage-dir it works on a directory instead, which no server may use then;
-give the limits that the server has, as flags or in the same environment. If the index does not
-know all of it, as after a crash, it goes through the directory first.
+give the limits that the server has: as flags, in the same environment, or with its --config, of
+which the storage-dir does not count here. If the index does not know all of it, as after a crash,
+it goes through the directory first.
 
 It prints how many artifacts of which package and task were removed, what that frees on the disk,
 and the flag that is the reason; or with --json one object, as POST /v1/artifacts:collectGarbage
@@ -75,6 +76,7 @@ func gcCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
+	addConfig(f)
 	flags.retention.addPolicy(f)
 	f.BoolVar(&flags.dryRun, "dry-run", false, "only say what would be removed")
 	f.StringVar(&flags.storageDir, "storage-dir", "", "`directory` to remove from, which no server uses; --server and --grpc do not count then")

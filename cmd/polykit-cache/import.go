@@ -27,8 +27,8 @@ listed with its package and task. What is damaged is moved to quarantine; what i
 is left where it is. Without import, a server verifies each when it is first asked for.
 
 No server may use the storage directory meanwhile; it is created if it does not exist. Give the
-limits that the server has, as flags or in the same environment. Nothing is evicted to make room:
-import stops at --max-storage and --min-free.
+limits that the server has: as flags, in the same environment, or with its --config. Nothing is
+evicted to make room: import stops at --max-storage and --min-free.
 
 What is there already is passed over without being read. So an import that was interrupted, or
 stopped for lack of room, is continued by the same command; Ctrl-C lets the artifacts in progress
@@ -75,6 +75,7 @@ func importCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
+	addConfig(f)
 	f.StringVar(&flags.storageDir, "storage-dir", "./cache", "`directory` to import into; created if it does not exist")
 	f.BoolVar(&flags.dryRun, "dry-run", false, "only count what would be imported")
 	notFromEnvironment(f.Lookup("dry-run"))

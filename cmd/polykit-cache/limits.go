@@ -95,6 +95,7 @@ func (c *limitFlags) complete() error {
 	switch {
 	case c.memory == 0:
 		c.capacity.Memory = max(min(c.capacity.Memory, c.systemMemory/verifyShare), least)
+		c.memory = sizeFlag(c.capacity.Memory)
 	case int64(c.memory) < least:
 		return usageError("--verify-memory is %d; the largest artifact that the other limits allow needs %d", c.memory, least)
 	default:

@@ -59,10 +59,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	root.InitDefaultCompletionCmd() // not before, since it keeps what it writes to
 	explainArgs(root)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitOK
 	}
+	err = withOrigins(err, cmd.Flags())
 	fmt.Fprintln(stderr, "polykit-cache:", err)
 	if e, ok := errors.AsType[*exitError](err); ok {
 		return e.status

@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -103,6 +105,30 @@ func startProgramTo(t *testing.T, stderr *os.File, name, dir string, args ...str
 		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
 	}
 	return p
+}
+
+// startIn starts a server in an environment besides the test's, and returns its log after it ended in good order.
+func startIn(t *testing.T, env []string, args ...string) (address, log string) {
+	t.Helper()
+	env = slices.Concat(os.Environ(), []string{"GORACE=atexit_sleep_ms=0"}, env)
+	p, err := spawn("polykit-cache", env, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.listen()
+	t.Cleanup(func() {
+		p.Process.Kill()
+		<-p.ended
+	})
+	if p.address == "" {
+		<-p.ended
+		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
+	}
+	if status, _, stderr := polykit(t, "healthcheck", "--server", "http://"+p.address); status != 0 {
+		t.Errorf("healthcheck: exit status %d: %s", status, stderr)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	return p.address, p.ends(t)
 }
 
 // ends waits until the program ends, which it must do with status 0, and returns its log.

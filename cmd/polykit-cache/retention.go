@@ -27,6 +27,9 @@ func (s *shareFlag) String() string {
 	if s.percent > 0 {
 		return strconv.FormatFloat(s.percent, 'g', -1, 64) + "%"
 	}
+	if s.size == 0 {
+		return "0"
+	}
 	return s.size.String()
 }
 

@@ -10,15 +10,17 @@ const rootLong = `polykit-cache is a self-hosted remote cache for build artifact
 
 Without a command it serves: REST for Polykit and gRPC for other tools, on one port, over artifacts
 that were proved sound before they can be seen. The commands talk to a server that runs, but for pack,
-verify, import, auth, token and completion, which need none:
+verify, import, auth, token, config and completion, which need none:
 
   put, get, stat, files                     upload and download artifacts, and look into them
   list, stats, missing, quarantine          see what is stored
   delete, pin, unpin, gc                    change it
   import                                    take artifacts over from elsewhere
   auth, token                               say who may do what, and make tokens
+  config                                    print the settings that a server would have
 
 A flag whose help names a variable can be set in the environment too; a flag on the command line wins.
+Those of the server can also stand in a file, --config, over which both win; see config --help.
 
 "polykit-cache completion SHELL" prints what lets bash, zsh, fish or PowerShell complete commands and flags;
 "polykit-cache completion SHELL --help" says how to load it.
@@ -46,9 +48,14 @@ func rootCommand() *cobra.Command {
 	root.SilenceUsage = true
 	root.SetVersionTemplate("polykit-cache {{.Version}}\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd.Flags()) }
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := setFromEnvironment(cmd.Flags()); err != nil {
+			return err
+		}
+		return setFromFile(cmd.Flags())
+	}
 	root.AddCommand(clientCommands()...)
-	root.AddCommand(verifyCommand(), importCommand(), authCommand(), tokenCommand())
+	root.AddCommand(verifyCommand(), importCommand(), authCommand(), tokenCommand(), configCommand())
 	for _, cmd := range withBelow(root) {
 		describeEnvironment(cmd.Flags())
 	}

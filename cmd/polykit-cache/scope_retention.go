@@ -19,7 +19,10 @@ import (
 // has several in the environment, with spaces between them.
 type scopeRetentionFlag []retention.ScopePolicy
 
-func (s *scopeRetentionFlag) String() string {
+func (s *scopeRetentionFlag) String() string { return strings.Join(s.GetSlice(), " ") }
+
+// GetSlice, Append and Replace let a configuration file have it as a list.
+func (s *scopeRetentionFlag) GetSlice() []string {
 	var all []string
 	for _, p := range *s {
 		var limits []string
@@ -31,7 +34,22 @@ func (s *scopeRetentionFlag) String() string {
 		}
 		all = append(all, p.Pattern+":"+strings.Join(limits, ","))
 	}
-	return strings.Join(all, " ")
+	return all
+}
+
+// Append is Set, which adds too.
+func (s *scopeRetentionFlag) Append(text string) error { return s.Set(text) }
+
+// Replace sets it to nothing but these.
+func (s *scopeRetentionFlag) Replace(texts []string) error {
+	var replaced scopeRetentionFlag
+	for _, text := range texts {
+		if err := replaced.Append(text); err != nil {
+			return err
+		}
+	}
+	*s = replaced
+	return nil
 }
 
 func (s *scopeRetentionFlag) Set(text string) error {

@@ -38,6 +38,7 @@ func TestScripts(t *testing.T) {
 		{"pack", "testdata/script/pack.txtar", nil},
 		{"auth", "testdata/script/auth_*.txtar", nil},
 		{"bench", "testdata/script/bench.txtar", nil},
+		{"config", "testdata/script/config.txtar", nil},
 		{"server", "testdata/script/server_*.txtar", nil},
 		{"rest", "testdata/script/client_*.txtar", nil},
 		{"grpc", "testdata/script/client_*.txtar", []string{"POLYKIT_CACHE_GRPC=true"}},

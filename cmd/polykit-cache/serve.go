@@ -67,6 +67,11 @@ type serveConfig struct {
 }
 
 func serveCommand() *cobra.Command {
+	return commandOfServer(func(cmd *cobra.Command, c *serveConfig) error { return c.serve(cmd.Context(), cmd.OutOrStdout()) })
+}
+
+// commandOfServer returns a command that has the flags of a server, and runs with them when they are complete.
+func commandOfServer(run func(*cobra.Command, *serveConfig) error) *cobra.Command {
 	c := serveConfig{
 		limits:          newLimitFlags(),
 		retention:       newRetentionFlags(),
@@ -89,12 +94,13 @@ func serveCommand() *cobra.Command {
 			if err := c.complete(); err != nil {
 				return err
 			}
-			return c.serve(cmd.Context(), cmd.OutOrStdout())
+			return run(cmd, &c)
 		},
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
 	c.given = f.Changed
+	addConfig(f)
 	f.StringVar(&c.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in; created if it does not exist")
 	f.StringVar(&c.bind, "bind", "127.0.0.1", "`address` to listen on; 0.0.0.0 or :: for all")
 	f.IntVar(&c.port, "port", 8080, "TCP `port` to listen on; 0 picks a free one and logs it")

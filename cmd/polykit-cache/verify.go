@@ -31,7 +31,7 @@ and says of each whether it is sound and as it was uploaded:
   foreign     a file that no server made, and none minds
 
 A server may use the directory meanwhile, except with --repair: a server repairs what its own scrub
-finds. Give the limits that the server has, as flags or in the same environment.
+finds. Give the limits that the server has: as flags, in the same environment, or with its --config.
 
 The exit status is 1 if anything was wrong: a memo, damaged, missing, orphan or unread.`
 
@@ -69,6 +69,7 @@ func verifyCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
+	addConfig(f)
 	f.StringVar(&flags.storageDir, "storage-dir", "./cache", "`directory` that artifacts are stored in")
 	f.BoolVar(&flags.repair, "repair", false, "move what is damaged to quarantine, make memos anew, and remove orphans")
 	f.BoolVarP(&flags.quiet, "quiet", "q", false, "say nothing of what is sound")
