@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
 	"regexp"
 	"strings"
 
@@ -44,6 +45,9 @@ const configExample = `  polykit-cache config > polykit-cache.yaml
 func configCommand() *cobra.Command {
 	var asJSON bool
 	cmd := commandOfServer(func(cmd *cobra.Command, _ *serveConfig) error {
+		for _, warning := range environmentWarnings(os.Environ()) {
+			fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", warning)
+		}
 		settings := settingsOf(cmd.Flags(), serverSettings())
 		if asJSON {
 			return printSettingsJSON(cmd.OutOrStdout(), settings)

@@ -209,6 +209,9 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 			log.Info("stopped")
 		}
 	}()
+	for _, warning := range environmentWarnings(os.Environ()) {
+		log.Warn(warning)
+	}
 	loaded, err := c.tls.load(log)
 	if err != nil {
 		return err
