@@ -15,8 +15,8 @@ import (
 )
 
 const configLong = `config prints the settings that a server would have which was started in its place: with the same
-flags, in the same environment, with the same --config. It checks them as the server does, and
-starts nothing.
+flags, in the same environment, with the same --config. It checks them as the server does, but for
+what is in other files that they name, and starts nothing.
 
 What it prints is a configuration file. Behind each setting stands where it is from: a line of the
 file, the environment, a flag, or nowhere, which is the default; where that depends on other

@@ -176,10 +176,10 @@ func (c *configFile) unknown(key *yaml.Node) {
 		}
 	})
 	if name := nearest(key.Value, names); name != "" {
-		c.fail(key.Line, "%q is no setting of the server; did you mean %s?", formatName(key.Value), name)
+		c.fail(key.Line, "%s is no setting of the server; did you mean %s?", shortQuoted(key.Value), name)
 		return
 	}
-	c.fail(key.Line, "%q is no setting of the server; \"polykit-cache config\" prints all that there are", formatName(key.Value))
+	c.fail(key.Line, "%s is no setting of the server; \"polykit-cache config\" prints all that there are", shortQuoted(key.Value))
 }
 
 // set sets a flag to a value.
@@ -261,8 +261,13 @@ func formatValue(f *pflag.Flag, value string) string {
 	if isSecret(f) {
 		return "(hidden)"
 	}
-	if runes := []rune(value); len(runes) > maxNameLength {
-		value = string(runes[:maxNameLength-1]) + "…"
+	return shortQuoted(value)
+}
+
+// shortQuoted returns text in quotes. What is left out of a long one an ellipsis stands for.
+func shortQuoted(text string) string {
+	if runes := []rune(text); len(runes) > maxNameLength {
+		text = string(runes[:maxNameLength-1]) + "…"
 	}
-	return strconv.Quote(value)
+	return strconv.Quote(text)
 }

@@ -176,6 +176,20 @@ func TestSettingsRoundTrip(t *testing.T) {
 	}
 }
 
+func TestSizeOfAConfigurationFile(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "polykit-cache.yaml")
+	for size, want := range map[int]int{maxConfigFile: 0, maxConfigFile + 1: 2} {
+		text := "port: 8081\n" + strings.Repeat("# nothing\n", maxConfigFile/10)
+		if err := os.WriteFile(path, []byte(text[:size-1]+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if status, _, stderr := polykit(t, "config", "--config", path); status != want {
+			t.Errorf("%d bytes: exit status %d, want %d: %s", size, status, want, stderr)
+		}
+	}
+}
+
 func TestSettingsHideSecrets(t *testing.T) {
 	t.Parallel()
 	newFlags := func() *pflag.FlagSet {
