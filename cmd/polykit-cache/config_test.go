@@ -190,7 +190,8 @@ func TestSizeOfAConfigurationFile(t *testing.T) {
 	}
 }
 
-func TestSettingsHideSecrets(t *testing.T) {
+// Flags of kinds that the server has none of now: secrets are not told, and lists have defaults.
+func TestSettingsOfOtherKinds(t *testing.T) {
 	t.Parallel()
 	newFlags := func() *pflag.FlagSet {
 		f := pflag.NewFlagSet("", pflag.ContinueOnError)
@@ -201,6 +202,10 @@ func TestSettingsHideSecrets(t *testing.T) {
 		f.String("collector", "", "")
 		f.StringSlice("urls", nil, "")
 		f.String("path", "", "")
+		f.String("digits", "8080", "")
+		f.StringSlice("names", []string{"a", "b"}, "")
+		f.Var(new(scopeRetentionFlag), "repeated", "")
+		markSecret(f.Lookup("repeated"))
 		f.Var(new(sizeFlag), "size", "")
 		return f
 	}
@@ -221,20 +226,39 @@ func TestSettingsHideSecrets(t *testing.T) {
 	if strings.Contains(asYAML.String()+asJSON.String(), "s3cret") {
 		t.Errorf("a secret is told:\n%s%s", &asYAML, &asJSON)
 	}
-	if want := "# collector: hidden, from x.yaml:1\n# key: hidden, from flag\n# number: hidden, from default\npath: /a@b:// # flag\n# size: not set\n# urls: hidden, from flag\n"; asYAML.String() != want {
+	want := `# collector: hidden, from x.yaml:1
+digits: '8080' # default
+# key: hidden, from flag
+names: [a, b] # default
+# number: hidden, from default
+path: /a@b:// # flag
+repeated: [] # default
+# size: not set
+# urls: hidden, from flag
+`
+	if asYAML.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", &asYAML, want)
+	}
+	if want := `"digits":{"value":"8080","origin":"default"}`; !strings.Contains(asJSON.String(), want) {
+		t.Errorf("%s lacks %s", &asJSON, want)
 	}
 	// nor is it where it is wrong
 	file := &configFile{path: "x.yaml", known: newFlags(), flags: newFlags()}
 	file.read([]byte("number: 0123s3cret\nkey: [s3cret]\nurls: {s3cret: s3cret}\n"))
-	file.read([]byte("number: 012345\n"))
+	file.read([]byte("number: 012345\nrepeated: s3cret\n"))
 	for _, err := range file.problems {
 		if text := err.Error(); strings.Contains(text, "s3cret") || strings.Contains(text, "012345") {
 			t.Errorf("a secret is told: %s", text)
 		}
 	}
-	if len(file.problems) != 4 {
-		t.Errorf("%d problems, want 4: %v", len(file.problems), file.problems)
+	if len(file.problems) != 5 {
+		t.Errorf("%d problems, want 5: %v", len(file.problems), file.problems)
+	}
+	// and a list is what the file says, without the default
+	file = &configFile{path: "x.yaml", known: newFlags(), flags: newFlags()}
+	file.read([]byte("names: [c]\n"))
+	if got := file.flags.Lookup("names").Value.String(); got != "[c]" || len(file.problems) > 0 {
+		t.Errorf("names are %s, want [c]; %v", got, file.problems)
 	}
 }
 

@@ -144,10 +144,7 @@ func (s *sizeFlag) String() string {
 var binaryUnits = []string{"", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 
 func (s *sizeFlag) Set(text string) error {
-	n, err := strconv.ParseUint(text, 10, 63) // which is exact
-	if err != nil {
-		n, err = humanize.ParseBytes(text)
-	}
+	n, err := humanize.ParseBytes(text)
 	if err != nil || n == 0 || n > math.MaxInt64 {
 		return fmt.Errorf("not a size of at least 1 byte, such as 1073741824, 512MiB or 1GiB")
 	}

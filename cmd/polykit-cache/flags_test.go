@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"regexp"
 	"strings"
 	"testing"
@@ -95,6 +96,27 @@ func TestEveryCommandHasHelp(t *testing.T) {
 			if len(line) > 99 {
 				t.Errorf("%s: a line of its help is too long: %s", cmd.Name(), line)
 			}
+		}
+	}
+}
+
+func TestErrorsSayWhereSettingsAreFrom(t *testing.T) {
+	t.Parallel()
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	flags.Int("least", 0, "")
+	flags.Int("most", 0, "")
+	setOrigin(flags.Lookup("least"), "x.yaml:1")
+	err := withOrigins(usageError("--least is 2; it must be less than --most, 1: change --least or --other"), flags)
+	if want := "--least is 2; it must be less than --most, 1: change --least or --other (--least is from x.yaml:1)"; err.Error() != want {
+		t.Errorf("%q, want %q", err, want)
+	}
+	if e, ok := errors.AsType[*exitError](err); !ok || e.status != exitUsage {
+		t.Errorf("%v has no exit status %d", err, exitUsage)
+	}
+	// what has another status keeps it
+	for _, err := range []error{errors.New("--least is wrong"), &exitError{exitMiss, errors.New("--least is wrong")}} {
+		if got := withOrigins(err, flags); got != err {
+			t.Errorf("%v became %v", err, got)
 		}
 	}
 }
