@@ -39,8 +39,8 @@ func TestShareFlag(t *testing.T) {
 		of   int64
 		says string
 	}{
-		{"0", 0, ""},
-		{"0%", 0, ""},
+		{"0", 0, "0"}, // which it can be set to
+		{"0%", 0, "0"},
 		{"512KiB", 512 << 10, "512KiB"},
 		{"5%", 50, "5%"},
 		{" 7.5 %", 75, "7.5%"},
