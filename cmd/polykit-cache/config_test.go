@@ -61,7 +61,7 @@ func otherValues(t *testing.T, f *pflag.Flag) (values [3]string) {
 		case "size":
 			var size sizeFlag
 			if err := size.Set(f.DefValue); err != nil {
-				size = 1 << 40 // more than what it depends on
+				size = 64 << 20 // within the bounds of all whose default depends on others
 			}
 			size += sizeFlag(i + 1)
 			values[i] = size.String()
@@ -263,7 +263,12 @@ repeated: [] # default
 }
 
 // Values of flags whose defaults depend on others, or on the machine, as the example shows them.
-var exampleValues = map[string]string{"max-connections": strconv.Itoa(server.DefaultConfig.MaxConnections)}
+var exampleValues = map[string]string{
+	"hot-size":          "16MiB",
+	"max-connections":   strconv.Itoa(server.DefaultConfig.MaxConnections),
+	"max-manifest-size": "32MiB",
+	"verify-memory":     "512MiB",
+}
 
 // deploy/polykit-cache.yaml names every setting with its default, and what it is.
 func TestExampleOfAConfigurationFile(t *testing.T) {
