@@ -32,7 +32,9 @@ func eachSetting(f func(*pflag.Flag)) {
 
 // special are values of flags that can't be told from their types and defaults.
 var special = map[string][3]string{
+	"admin-address":   {"127.0.0.1:9091", "127.0.0.1:9092", "127.0.0.1:9093"},
 	"bind":            {"127.0.0.2", "127.0.0.3", "127.0.0.4"},
+	"trusted-proxies": {"10.0.0.0/8", "192.168.0.0/16", "127.0.0.1/32"},
 	"scope-retention": {"a:keep-last=1", "a:keep-last=2", "a:keep-last=3"},
 	"max-storage":     {"10GiB", "20GiB", "30%"},
 	"verify-memory":   {"2GiB", "3GiB", "4GiB"},

@@ -177,22 +177,40 @@ func (c *choiceFlag) Type() string { return strings.Join(c.choices, "|") }
 // prefixesFlag is a list of addresses and networks. Each time that the flag is given adds to it.
 type prefixesFlag []netip.Prefix
 
-func (f *prefixesFlag) String() string {
+func (f *prefixesFlag) String() string { return strings.Join(f.GetSlice(), ",") }
+
+// GetSlice, Append and Replace let a configuration file have it as a list.
+func (f *prefixesFlag) GetSlice() []string {
 	var texts []string
 	for _, prefix := range *f {
 		texts = append(texts, prefix.String())
 	}
-	return strings.Join(texts, ",")
+	return texts
+}
+
+// Append is Set, which adds too.
+func (f *prefixesFlag) Append(text string) error { return f.Set(text) }
+
+// Replace sets it to nothing but these.
+func (f *prefixesFlag) Replace(texts []string) error {
+	var replaced prefixesFlag
+	for _, text := range texts {
+		if err := replaced.Append(text); err != nil {
+			return err
+		}
+	}
+	*f = replaced
+	return nil
 }
 
 func (f *prefixesFlag) Set(text string) error {
 	for part := range strings.SplitSeq(text, ",") {
 		part = strings.TrimSpace(part)
 		prefix, err := netip.ParsePrefix(part)
-		if address, single := netip.ParseAddr(part); single == nil {
+		if address, single := netip.ParseAddr(part); single == nil && address.Zone() == "" {
 			prefix, err = netip.PrefixFrom(address, address.BitLen()), nil
 		}
-		if err != nil || prefix.Addr().Zone() != "" {
+		if err != nil {
 			return fmt.Errorf("%q is neither an IP address nor a network such as 10.0.0.0/8", part)
 		}
 		if ip := prefix.Addr(); ip.Is4In6() && prefix.Bits() >= 96 {

@@ -120,3 +120,26 @@ func TestErrorsSayWhereSettingsAreFrom(t *testing.T) {
 		}
 	}
 }
+
+func TestPrefixesFlag(t *testing.T) {
+	for text, want := range map[string]string{
+		"10.0.0.0/8":               "10.0.0.0/8",
+		"10.1.2.3/8, 127.0.0.1":    "10.0.0.0/8,127.0.0.1/32",
+		"2001:db8::1":              "2001:db8::1/128",
+		"::ffff:10.0.0.0/104":      "10.0.0.0/8", // as addresses over IPv4 are compared
+		"":                         "",
+		"10.0.0.0/33":              "",
+		"localhost":                "",
+		"10.0.0.1,":                "",
+		"10.0.0.1-10.0.0.9":        "",
+		"fe80::1%eth0":             "",
+		"10.0.0.1:80":              "",
+		"10.0.0.0/8,192.168.0.0/x": "",
+	} {
+		var f prefixesFlag
+		err := f.Set(text)
+		if (err != nil) != (want == "") || err == nil && f.String() != want {
+			t.Errorf("%q: %q, %v; want %q", text, f.String(), err, want)
+		}
+	}
+}
