@@ -417,18 +417,17 @@ func TestLogOfRefusalsIsBounded(t *testing.T) {
 		t.Errorf("there are %d lines of %d refusals", len(lines), guesses)
 	}
 	// Another reason is not drowned by that.
-	if w.put(t, readerToken, "", keyA, artifactA); len(g.log.find(slog.LevelInfo, "refused=role")) != 1 {
-		t.Error("the log does not say what else was refused")
-	}
+	w.put(t, readerToken, "", keyA, artifactA)
+	waitUntil(t, "the log says what else was refused", func() bool { return len(g.log.find(slog.LevelInfo, "refused=role")) == 1 })
 	// The line that comes next says how many were left out. One comes in a second; these are guesses until then.
 	waitUntil(t, "a line says how many were left out", func() bool {
 		w.stat(t, "pkc_x", "", keyA)
 		return len(g.log.find(slog.LevelInfo, " unlogged=")) > 0
 	})
 	// Who wants to see all of them can.
-	if n := len(g.log.find(slog.LevelDebug, "refused=unknown_token")); int64(n) != g.Refusals()[auth.ReasonUnknownToken] {
-		t.Errorf("there are %d lines at the level debug", n)
-	}
+	waitUntil(t, "all are logged at the level debug", func() bool {
+		return int64(len(g.log.find(slog.LevelDebug, "refused=unknown_token"))) == g.Refusals()[auth.ReasonUnknownToken]
+	})
 }
 
 // TestAdmissionCostsNothing has a server without an auth file, where nothing may be allocated to find out that everybody may
