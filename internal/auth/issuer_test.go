@@ -27,6 +27,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/polykit/polykit-cache/internal/auth"
+	"github.com/polykit/polykit-cache/internal/cachetest"
 )
 
 // issuer is a real OIDC issuer, over TLS.
@@ -130,7 +131,7 @@ func (i *issuer) token(t testing.TB, id string, change map[string]any) string {
 		"ref": "refs/heads/main", "repository_owner": "octo"}
 	maps.Copy(claims, change)
 	maps.DeleteFunc(claims, func(_ string, value any) bool { return value == nil })
-	return sign(t, jose.SigningKey{Algorithm: algorithmOf(key), Key: jose.JSONWebKey{Key: key, KeyID: id}}, claims)
+	return cachetest.SignToken(t, jose.SigningKey{Algorithm: algorithmOf(key), Key: jose.JSONWebKey{Key: key, KeyID: id}}, claims)
 }
 
 func algorithmOf(key crypto.Signer) jose.SignatureAlgorithm {
@@ -141,27 +142,6 @@ func algorithmOf(key crypto.Signer) jose.SignatureAlgorithm {
 		return jose.EdDSA
 	}
 	return jose.ES256
-}
-
-func sign(t testing.TB, key jose.SigningKey, claims map[string]any) string {
-	t.Helper()
-	signer, err := jose.NewSigner(key, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	payload, err := json.Marshal(claims)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signed, err := signer.Sign(payload)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := signed.CompactSerialize()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return text
 }
 
 // clock is a time that a test moves on.
@@ -270,13 +250,13 @@ func TestIDToken(t *testing.T) {
 		{"alg none", unsigned(`{"alg":"none"}`), "(algorithm|malformed) 401 The credential is not valid here: .*"},
 		{"alg None", unsigned(`{"alg":"None","kid":"1"}`), "(algorithm|malformed) 401 The credential is not valid here: .*"},
 		{"no alg", unsigned(`{"kid":"1"}`), "(algorithm|malformed) 401 The credential is not valid here: .*"},
-		{"signed with the public key as a secret", sign(t, secret, map[string]any{"iss": w.issuer.URL, "aud": "polykit-cache", "exp": in(time.Hour), "ref": "refs/heads/main", "repository_owner": "octo"}), "algorithm 401 The credential is not valid here: .*"},
+		{"signed with the public key as a secret", cachetest.SignToken(t, secret, map[string]any{"iss": w.issuer.URL, "aud": "polykit-cache", "exp": in(time.Hour), "ref": "refs/heads/main", "repository_owner": "octo"}), "algorithm 401 The credential is not valid here: .*"},
 		{"no signature", good[0] + "." + good[1] + ".", "(signature|malformed) 401 The credential is not valid here: .*"},
 		{"other claims", good[0] + "." + strings.Split(signed(map[string]any{"sub": "x"}), ".")[1] + "." + good[2], "signature 401 The credential is not valid here: .*"},
-		{"a critical header", sign(t, jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: w.issuer.keys["1"], KeyID: "9"}}, map[string]any{"iss": w.issuer.URL}), "unknown_key 401 .*"},
+		{"a critical header", cachetest.SignToken(t, jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: w.issuer.keys["1"], KeyID: "9"}}, map[string]any{"iss": w.issuer.URL}), "unknown_key 401 .*"},
 		{"four parts", strings.Join(good, ".") + ".x", "unknown_token 401 .*"},
 		{"rubbish", "ey.ey.ey", "malformed 401 The credential is not valid here: .*"},
-		{"claims that are no object", sign(t, jose.SigningKey{Algorithm: jose.ES256, Key: w.issuer.keys["1"]}, nil), "issuer 401 .*"},
+		{"claims that are no object", cachetest.SignToken(t, jose.SigningKey{Algorithm: jose.ES256, Key: w.issuer.keys["1"]}, nil), "issuer 401 .*"},
 	} {
 		t.Run(c.name, func(t *testing.T) { mustMatch(t, w.as(t, c.token), c.want) })
 	}
@@ -462,7 +442,7 @@ func TestKeysOfAllKinds(t *testing.T) {
 	})
 	claims := map[string]any{"iss": w.issuer.URL, "sub": "repo:octo/x", "aud": "polykit-cache", "exp": now.Add(time.Minute).Unix(), "ref": "refs/heads/main", "repository_owner": "octo"}
 	with := func(algorithm jose.SignatureAlgorithm, key any, id string) string {
-		return sign(t, jose.SigningKey{Algorithm: algorithm, Key: jose.JSONWebKey{Key: key, KeyID: id}}, claims)
+		return cachetest.SignToken(t, jose.SigningKey{Algorithm: algorithm, Key: jose.JSONWebKey{Key: key, KeyID: id}}, claims)
 	}
 	for _, c := range []struct{ name, token, want string }{
 		{"RSA", w.issuer.token(t, "rsa", nil), asMain},
@@ -497,7 +477,7 @@ func TestKeysFile(t *testing.T) {
 	}
 	w := &world{Authenticator: a}
 	mustMatch(t, w.as(t, i.token(t, "1", nil)), asMain)
-	mustMatch(t, w.as(t, sign(t, jose.SigningKey{Algorithm: jose.ES256, Key: i.keys["1"]}, map[string]any{
+	mustMatch(t, w.as(t, cachetest.SignToken(t, jose.SigningKey{Algorithm: jose.ES256, Key: i.keys["1"]}, map[string]any{
 		"iss": i.URL, "sub": "repo:octo/x", "aud": "polykit-cache", "exp": now.Add(time.Minute).Unix(), "ref": "refs/heads/main", "repository_owner": "octo",
 	})), asMain)
 	i.rotate(t, "2")

@@ -70,14 +70,20 @@ func (i *Issuer) Token(t testing.TB, id string, claims map[string]any) string {
 	i.mu.Lock()
 	key := i.keys[id]
 	i.mu.Unlock()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: id}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	now := time.Now()
 	all := map[string]any{"iss": i.URL, "sub": "somebody", "aud": "polykit-cache", "iat": now.Unix(), "exp": now.Add(10 * time.Minute).Unix()}
 	maps.Copy(all, claims)
-	payload, err := json.Marshal(all)
+	return SignToken(t, jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: id}}, all)
+}
+
+// SignToken returns a JWT with claims that is signed with a key, whose ID its header has if the key is a jose.JSONWebKey.
+func SignToken(t testing.TB, key jose.SigningKey, claims map[string]any) string {
+	t.Helper()
+	signer, err := jose.NewSigner(key, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, err := json.Marshal(claims)
 	if err != nil {
 		t.Fatal(err)
 	}
