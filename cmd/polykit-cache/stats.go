@@ -106,7 +106,7 @@ func printStats(w io.Writer, stats *client.Stats) error {
 		fmt.Fprintf(table, "%s\t%s\n", row[0], row[1])
 	}
 	if compared := stats.GetComparisons(); compared.GetAgreedCount()+compared.GetDifferedCount() > 0 {
-		fmt.Fprintf(table, "scopes\tagree in %s, differ in %s since the server started\n", humanize.Comma(compared.GetAgreedCount()), humanize.Comma(compared.GetDifferedCount()))
+		fmt.Fprintf(table, "scopes\tagree in %s, differ in %s in all\n", humanize.Comma(compared.GetAgreedCount()), humanize.Comma(compared.GetDifferedCount()))
 	}
 	if err := table.Flush(); err != nil {
 		return err

@@ -165,7 +165,8 @@ func (x *Index) write(ctx context.Context, b batch, rest *rest) (err error) {
 	}
 	u := b.counted
 	if err := w.do(`UPDATE state SET hits = hits + ?, misses = misses + ?, stored = stored + ?, evicted = evicted + ?,
-		evicted_disk_size = evicted_disk_size + ?`, u.Hits, u.Misses, u.Stored, u.Evicted, u.EvictedDiskSize); err != nil {
+		evicted_disk_size = evicted_disk_size + ?, agreed = agreed + ?, differed = differed + ?`,
+		u.Hits, u.Misses, u.Stored, u.Evicted, u.EvictedDiskSize, u.Agreed, u.Differed); err != nil {
 		return err
 	}
 	if b.forgot {

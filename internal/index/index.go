@@ -146,6 +146,9 @@ type Usage struct {
 	Evicted int64
 	// EvictedDiskSize is what these took on the disk, in bytes.
 	EvictedDiskSize int64
+	// Agreed and Differed are pairs of artifacts of one key in two scopes that were compared: with the same files, and
+	// with others. They are of no one task.
+	Agreed, Differed int64
 }
 
 func (u *Usage) add(other Usage) {
@@ -154,6 +157,8 @@ func (u *Usage) add(other Usage) {
 	u.Stored += other.Stored
 	u.Evicted += other.Evicted
 	u.EvictedDiskSize += other.EvictedDiskSize
+	u.Agreed += other.Agreed
+	u.Differed += other.Differed
 }
 
 // Open opens the index in a directory, which nobody else may have open. A database that is damaged is

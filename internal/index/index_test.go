@@ -290,9 +290,12 @@ func TestStats(t *testing.T) {
 	entry := r.all(t)[b.Name()]
 	r.Removed(b.Name(), b.DiskSize)
 	r.Evicted(entry, b.DiskSize)
+	for _, same := range []bool{true, false, false} {
+		r.Compared(same)
+	}
 	want := index.Stats{
 		Total: index.Sums{Artifacts: 2, Size: 5100, UncompressedSize: 15300, DiskSize: a.DiskSize + c.DiskSize},
-		Usage: index.Usage{Hits: 2, Misses: 3, Stored: 3, Evicted: 1, EvictedDiskSize: b.DiskSize},
+		Usage: index.Usage{Hits: 2, Misses: 3, Stored: 3, Evicted: 1, EvictedDiskSize: b.DiskSize, Agreed: 1, Differed: 2},
 		Tasks: []index.TaskStats{
 			{"web", "build", index.Sums{Artifacts: 1, Size: 5000, UncompressedSize: 15000, DiskSize: a.DiskSize},
 				index.Usage{Hits: 1, Misses: 2, Stored: 2, Evicted: 1, EvictedDiskSize: b.DiskSize}},

@@ -110,6 +110,11 @@ CREATE TRIGGER scoped_updated AFTER UPDATE OF size, disk_size ON artifacts WHEN 
 	UPDATE scopes SET size = size - old.size + new.size, disk_size = disk_size - old.disk_size + new.disk_size WHERE name = new.scope;
 END;
 `,
+	// What was found by comparing artifacts of one key in two scopes.
+	`
+ALTER TABLE state ADD COLUMN agreed INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE state ADD COLUMN differed INTEGER NOT NULL DEFAULT 0;
+`,
 }
 
 // migrate brings a database to the newest version of the schema.

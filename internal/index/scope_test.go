@@ -300,7 +300,8 @@ func TestMigrateToScopes(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(r.dir, index.FileName)
-	execute(t, path, "DROP TABLE scopes; DROP TRIGGER scoped_inserted; DROP TRIGGER scoped_deleted; DROP TRIGGER scoped_updated; PRAGMA user_version = 1")
+	execute(t, path, `ALTER TABLE state DROP COLUMN agreed; ALTER TABLE state DROP COLUMN differed;
+		DROP TABLE scopes; DROP TRIGGER scoped_inserted; DROP TRIGGER scoped_deleted; DROP TRIGGER scoped_updated; PRAGMA user_version = 1`)
 	r = open(t, r.dir)
 	theirs := in("pr-7", ours)
 	r.Stored(theirs)

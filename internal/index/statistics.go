@@ -101,10 +101,10 @@ func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 	x.mu.Lock()
 	s := Stats{SinceStart: x.sinceStart, StartedAt: x.startedAt}
 	x.mu.Unlock()
-	err := x.rows(ctx, `SELECT hits, misses, stored, evicted, evicted_disk_size, artifacts, size, uncompressed_size, disk_size,
+	err := x.rows(ctx, `SELECT hits, misses, stored, evicted, evicted_disk_size, agreed, differed, artifacts, size, uncompressed_size, disk_size,
 		(SELECT count(*) FROM tasks) FROM state`, nil, func(scan func(...any) error) (bool, error) {
 		return true, scan(&s.Usage.Hits, &s.Usage.Misses, &s.Usage.Stored, &s.Usage.Evicted, &s.Usage.EvictedDiskSize,
-			&s.Total.Artifacts, &s.Total.Size, &s.Total.UncompressedSize, &s.Total.DiskSize, &s.TaskCount)
+			&s.Usage.Agreed, &s.Usage.Differed, &s.Total.Artifacts, &s.Total.Size, &s.Total.UncompressedSize, &s.Total.DiskSize, &s.TaskCount)
 	})
 	if err != nil {
 		return s, err

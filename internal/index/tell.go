@@ -60,6 +60,17 @@ func (x *Index) Evicted(e Entry, diskSize int64) {
 	x.add(change{kind: changeEvicted, stored: e.Stored})
 }
 
+// Compared counts a pair of artifacts of one key in two scopes, which have the same files or not.
+func (x *Index) Compared(same bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if same {
+		x.count(Usage{Agreed: 1})
+	} else {
+		x.count(Usage{Differed: 1})
+	}
+}
+
 // Hit implements cache.Observer.
 func (x *Index) Hit(name artifact.Name) {
 	x.mu.Lock()

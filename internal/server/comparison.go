@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
-	"sync"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 )
@@ -16,12 +15,7 @@ const maxComparisons = 1000
 // comparisons compare what was stored in one scope with what others have under the same key: builds should agree on
 // that, and where they don't, somebody has poisoned a scope or a task does not make the same each time. That happens
 // behind the answer to the upload, which must not tell what other scopes have by how long it takes.
-type comparisons struct {
-	queue chan artifact.Info
-
-	mu               sync.Mutex
-	agreed, differed int64
-}
+type comparisons struct{ queue chan artifact.Info }
 
 // add has an artifact compared that was stored.
 func (c *comparisons) add(info artifact.Info) {
@@ -29,13 +23,6 @@ func (c *comparisons) add(info artifact.Info) {
 	case c.queue <- info:
 	default: // too many wait, or nothing is compared
 	}
-}
-
-// counts returns how many pairs of artifacts had the same files, and how many had not.
-func (c *comparisons) counts() (agreed, differed int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.agreed, c.differed
 }
 
 // run compares, until ctx is done.
@@ -75,7 +62,7 @@ func (c *comparisons) compare(ctx context.Context, m *Management, log *slog.Logg
 			continue
 		}
 		same := stored.Manifest == info.Manifest
-		c.count(same)
+		m.Index.Compared(same)
 		if same {
 			log.Info("an artifact agrees with that of another scope", "key", info.Key, "scope", info.Scope, "other_scope", other.Scope)
 		} else {
@@ -84,14 +71,4 @@ func (c *comparisons) compare(ctx context.Context, m *Management, log *slog.Logg
 		}
 	}
 	return nil
-}
-
-func (c *comparisons) count(same bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if same {
-		c.agreed++
-	} else {
-		c.differed++
-	}
 }

@@ -306,8 +306,7 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	if !a.server.caller(ctx).may(auth.Operate) {
 		return response, nil
 	}
-	agreed, differed := a.server.comparisons.counts()
-	response.Comparisons = &cachev1.ComparisonStats{AgreedCount: agreed, DifferedCount: differed}
+	response.Comparisons = &cachev1.ComparisonStats{AgreedCount: stats.Usage.Agreed, DifferedCount: stats.Usage.Differed}
 	scopes, err := m.Index.Scopes(ctx)
 	if err != nil {
 		return nil, err

@@ -2020,7 +2020,7 @@ type GetCacheStatsResponse struct {
 	// By scope, those that have artifacts in the order of their names; "default" is always among them. Empty for a
 	// caller who may not see all scopes; tasks is, too.
 	Scopes []*ScopeStats `protobuf:"bytes,8,rep,name=scopes,proto3" json:"scopes,omitempty"`
-	// How often a key was stored in one scope and another since the server started. It is left out for a caller who may
+	// How often a key was stored in one scope and another since the index began. It is left out for a caller who may
 	// not see all scopes, who would learn by it which keys others have.
 	Comparisons   *ComparisonStats `protobuf:"bytes,9,opt,name=comparisons,proto3" json:"comparisons,omitempty"`
 	unknownFields protoimpl.UnknownFields
