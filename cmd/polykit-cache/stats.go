@@ -29,7 +29,8 @@ const statsLong = `stats prints how much is stored, what it was good for, and ho
 
 Then it lists the scopes, if there are others than the default one, and the packages and tasks,
 those first that take most. A miss counts for the task whose artifact was then uploaded under the
-key. What is about scopes and tasks is left out for a token that is not for all scopes.
+key. With a token that is not for all scopes, or with --scope, it is only how much is stored in
+the scopes that are read: what happened, and how full the disk is, is known for all together.
 
 While the index is not complete, as after a crash, the numbers are lower than they should be, and
 it says so on standard error.
@@ -84,25 +85,33 @@ func statsCommand() *cobra.Command {
 }
 
 func printStats(w io.Writer, stats *client.Stats) error {
-	total, storage := stats.GetTotal(), stats.GetStorage()
-	usage := total.GetUsage()
-	stored := formatSize(storage.GetUsedSize()) + ", without a limit"
-	if most := storage.GetMaxStorageSize(); most > 0 {
-		stored = fmt.Sprintf("%s of at most %s  %s", formatSize(storage.GetUsedSize()), formatSize(most), formatBar(storage.GetUsedSize(), most))
-	}
-	table := newTable(w)
-	for _, row := range [][2]string{
+	total := stats.GetTotal()
+	rows := [][2]string{
 		{"artifacts", fmt.Sprintf("%s of %s", humanize.Comma(total.GetArtifactCount()), countTasks(stats.GetTaskCount()))},
 		{"size", fmt.Sprintf("%s, unpacked %s%s", formatSize(total.GetSize()), formatSize(total.GetUncompressedSize()), formatTimes(total.GetUncompressedSize(), total.GetSize()))},
 		{"on disk", formatSize(total.GetDiskSize())},
-		{"hit rate", fmt.Sprintf("%s since the server started, %s; %s in all", formatHits(stats.GetSinceStart()), formatAge(stats.GetStartedAt()), formatHits(usage))},
-		{"uploads", fmt.Sprintf("%s since then; %s in all", humanize.Comma(stats.GetSinceStart().GetStoredCount()), humanize.Comma(usage.GetStoredCount()))},
-		{"evicted", fmt.Sprintf("%s since then; %s in all", formatEvicted(stats.GetSinceStart()), formatEvicted(usage))},
-		{"storage", stored},
-		{"disk", fmt.Sprintf("%s free of %s  %s; %s is kept free", formatSize(storage.GetFreeSize()), formatSize(storage.GetDiskSize()),
-			formatBar(storage.GetDiskSize()-storage.GetFreeSize(), storage.GetDiskSize()), formatSize(storage.GetMinFreeSize()))},
-		{"quarantine", fmt.Sprintf("%s, %s", english.Plural(int(storage.GetQuarantinedCount()), "file", ""), formatSize(storage.GetQuarantinedSize()))},
-	} {
+	}
+	if usage := total.GetUsage(); usage != nil { // who sees some scopes only is not told
+		rows = append(rows, [][2]string{
+			{"hit rate", fmt.Sprintf("%s since the server started, %s; %s in all", formatHits(stats.GetSinceStart()), formatAge(stats.GetStartedAt()), formatHits(usage))},
+			{"uploads", fmt.Sprintf("%s since then; %s in all", humanize.Comma(stats.GetSinceStart().GetStoredCount()), humanize.Comma(usage.GetStoredCount()))},
+			{"evicted", fmt.Sprintf("%s since then; %s in all", formatEvicted(stats.GetSinceStart()), formatEvicted(usage))},
+		}...)
+	}
+	if storage := stats.GetStorage(); storage != nil {
+		stored := formatSize(storage.GetUsedSize()) + ", without a limit"
+		if most := storage.GetMaxStorageSize(); most > 0 {
+			stored = fmt.Sprintf("%s of at most %s  %s", formatSize(storage.GetUsedSize()), formatSize(most), formatBar(storage.GetUsedSize(), most))
+		}
+		rows = append(rows, [][2]string{
+			{"storage", stored},
+			{"disk", fmt.Sprintf("%s free of %s  %s; %s is kept free", formatSize(storage.GetFreeSize()), formatSize(storage.GetDiskSize()),
+				formatBar(storage.GetDiskSize()-storage.GetFreeSize(), storage.GetDiskSize()), formatSize(storage.GetMinFreeSize()))},
+			{"quarantine", fmt.Sprintf("%s, %s", english.Plural(int(storage.GetQuarantinedCount()), "file", ""), formatSize(storage.GetQuarantinedSize()))},
+		}...)
+	}
+	table := newTable(w)
+	for _, row := range rows {
 		fmt.Fprintf(table, "%s\t%s\n", row[0], row[1])
 	}
 	if compared := stats.GetComparisons(); compared.GetAgreedCount()+compared.GetDifferedCount() > 0 {
@@ -125,10 +134,13 @@ func printStats(w io.Writer, stats *client.Stats) error {
 	}
 	fmt.Fprintln(table, "\nPACKAGE\tTASK\tARTIFACTS\tSIZE\tON DISK\tHIT RATE\tEVICTED")
 	for _, task := range stats.GetTasks() {
-		about := task.GetStats()
+		about, evicted := task.GetStats(), "-"
+		if usage := about.GetUsage(); usage != nil {
+			evicted = humanize.Comma(usage.GetEvictedCount())
+		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", formatName(task.GetPackageName()), formatName(task.GetTaskName()),
 			humanize.Comma(about.GetArtifactCount()), formatSize(about.GetSize()), formatSize(about.GetDiskSize()),
-			formatHits(about.GetUsage()), humanize.Comma(about.GetUsage().GetEvictedCount()))
+			formatHits(about.GetUsage()), evicted)
 	}
 	return table.Flush()
 }

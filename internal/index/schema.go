@@ -115,6 +115,40 @@ END;
 ALTER TABLE state ADD COLUMN agreed INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE state ADD COLUMN differed INTEGER NOT NULL DEFAULT 0;
 `,
+	// The sums of tasks in scopes, for those who may not see all of these. Of the default one, again, they are what is
+	// left of all.
+	`
+CREATE TABLE scope_tasks (
+	scope             TEXT NOT NULL,
+	task_id           INTEGER NOT NULL,
+	artifacts         INTEGER NOT NULL,
+	size              INTEGER NOT NULL,
+	uncompressed_size INTEGER NOT NULL,
+	disk_size         INTEGER NOT NULL,
+	PRIMARY KEY (scope, task_id)
+) WITHOUT ROWID;
+INSERT INTO scope_tasks SELECT scope, task_id, count(*), sum(size), sum(uncompressed_size), sum(disk_size)
+	FROM artifacts WHERE scope > '' GROUP BY scope, task_id;
+
+CREATE TRIGGER scope_task_inserted AFTER INSERT ON artifacts WHEN new.scope <> '' BEGIN
+	INSERT INTO scope_tasks VALUES (new.scope, new.task_id, 1, new.size, new.uncompressed_size, new.disk_size)
+		ON CONFLICT (scope, task_id) DO UPDATE SET artifacts = artifacts + 1, size = size + excluded.size,
+			uncompressed_size = uncompressed_size + excluded.uncompressed_size, disk_size = disk_size + excluded.disk_size;
+END;
+CREATE TRIGGER scope_task_deleted AFTER DELETE ON artifacts WHEN old.scope <> '' BEGIN
+	UPDATE scope_tasks SET artifacts = artifacts - 1, size = size - old.size, uncompressed_size = uncompressed_size - old.uncompressed_size,
+		disk_size = disk_size - old.disk_size WHERE scope = old.scope AND task_id = old.task_id;
+	DELETE FROM scope_tasks WHERE scope = old.scope AND task_id = old.task_id AND artifacts = 0;
+END;
+CREATE TRIGGER scope_task_updated AFTER UPDATE OF task_id, size, uncompressed_size, disk_size ON artifacts WHEN new.scope <> '' BEGIN
+	INSERT INTO scope_tasks VALUES (new.scope, new.task_id, 1, new.size, new.uncompressed_size, new.disk_size)
+		ON CONFLICT (scope, task_id) DO UPDATE SET artifacts = artifacts + 1, size = size + excluded.size,
+			uncompressed_size = uncompressed_size + excluded.uncompressed_size, disk_size = disk_size + excluded.disk_size;
+	UPDATE scope_tasks SET artifacts = artifacts - 1, size = size - old.size, uncompressed_size = uncompressed_size - old.uncompressed_size,
+		disk_size = disk_size - old.disk_size WHERE scope = old.scope AND task_id = old.task_id;
+	DELETE FROM scope_tasks WHERE scope = old.scope AND task_id = old.task_id AND artifacts = 0;
+END;
+`,
 }
 
 // migrate brings a database to the newest version of the schema.

@@ -1,8 +1,11 @@
 package index_test
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -291,21 +294,112 @@ func TestMissesOfScopes(t *testing.T) {
 	}
 }
 
-// TestMigrateToScopes opens an index from before there were scopes.
-func TestMigrateToScopes(t *testing.T) {
+// downgrades bring a database to the schema of a version from that of the one behind it.
+var downgrades = []string{
+	3: "DROP TABLE scope_tasks; DROP TRIGGER scope_task_inserted; DROP TRIGGER scope_task_deleted; DROP TRIGGER scope_task_updated",
+	2: "ALTER TABLE state DROP COLUMN agreed; ALTER TABLE state DROP COLUMN differed",
+	1: "DROP TABLE scopes; DROP TRIGGER scoped_inserted; DROP TRIGGER scoped_deleted; DROP TRIGGER scoped_updated",
+}
+
+// TestMigrate opens indexes as each version before made them.
+func TestMigrate(t *testing.T) {
+	for version := 1; version < len(downgrades); version++ {
+		r := open(t, t.TempDir())
+		ours := stored("a", "p", "t", 5, start)
+		r.Stored(ours)
+		if version > 1 { // there were no scopes before
+			r.Stored(in("pr-6", stored("b", "p", "u", 6, start)))
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(r.dir, index.FileName)
+		for to := len(downgrades) - 1; to >= version; to-- {
+			execute(t, path, downgrades[to])
+		}
+		execute(t, path, fmt.Sprintf("PRAGMA user_version = %d", version))
+		r = open(t, r.dir)
+		r.Stored(in("pr-7", ours))
+		r.flush(t)
+		want := map[bool]string{true: "default: 1 of 5 on 8192, pr-7: 1 of 5 on 8192", false: "default: 1 of 5 on 8192, pr-6: 1 of 6 on 8192, pr-7: 1 of 5 on 8192"}[version == 1]
+		if got := r.scopeSums(t); got != want {
+			t.Errorf("from version %d there is %s, want %s", version, got, want)
+		}
+		r.scopeStatsAgree(t, "default", "pr-6", "pr-7")
+	}
+}
+
+// scopeStatsAgree holds the statistics of each set of some scopes to what is listed of them.
+func (r rig) scopeStatsAgree(t *testing.T, names ...string) {
+	t.Helper()
+	all := r.all(t)
+	for set := range 1 << len(names) {
+		scopes := []artifact.Scope{}
+		for i, name := range names {
+			if set>>i&1 == 1 {
+				scopes = append(scopes, cachetest.Scope(name))
+			}
+		}
+		want := map[[2]string]index.Sums{}
+		for name, e := range all {
+			if slices.Contains(scopes, name.Scope) {
+				for _, task := range [][2]string{{e.PackageName, e.TaskName}, {}} { // the latter is for all
+					s := want[task]
+					want[task] = index.Sums{Artifacts: s.Artifacts + 1, Size: s.Size + e.Size, UncompressedSize: s.UncompressedSize + e.UncompressedSize, DiskSize: s.DiskSize + e.DiskSize}
+				}
+			}
+		}
+		stats, err := r.ScopeStats(t.Context(), scopes, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[[2]string]index.Sums{}
+		for _, task := range stats.Tasks {
+			got[[2]string{task.PackageName, task.TaskName}] = task.Sums
+			if (task.Usage != index.Usage{}) {
+				t.Errorf("of %v it is told what happened: %+v", scopes, task)
+			}
+		}
+		if len(scopes) > 0 && stats.Total.Artifacts > 0 {
+			got[[2]string{}] = stats.Total
+		}
+		if !maps.Equal(got, want) || stats.TaskCount != int64(len(stats.Tasks)) || (stats.Usage != index.Usage{}) || (stats.SinceStart != index.Usage{}) {
+			t.Errorf("of %v there is %+v, want %+v", scopes, stats, want)
+		}
+		if !slices.IsSortedFunc(stats.Tasks, func(a, b index.TaskStats) int { return cmp.Compare(b.DiskSize, a.DiskSize) }) {
+			t.Errorf("of %v not the largest tasks come first: %+v", scopes, stats.Tasks)
+		}
+	}
+}
+
+// TestScopeStats stores, changes and removes artifacts in scopes at random.
+func TestScopeStats(t *testing.T) {
 	r := open(t, t.TempDir())
-	ours := stored("a", "p", "t", 5, start)
-	r.Stored(ours)
-	if err := r.Close(); err != nil {
+	random := rand.New(rand.NewPCG(1, 2))
+	scopes := []string{"default", "pr-7", "pr-8"}
+	for range 20 {
+		for range 40 {
+			scope, task := scopes[random.IntN(len(scopes))], fmt.Sprint(random.IntN(4))
+			s := in(scope, stored(fmt.Sprint(random.IntN(9)), "p", task, int64(random.IntN(20_000)), start))
+			switch random.IntN(4) {
+			case 0:
+				r.Removed(s.Name(), s.DiskSize)
+			case 1:
+				r.Found(s)
+			default:
+				r.Stored(s)
+			}
+			r.Hit(s.Name())
+		}
+		r.flush(t)
+		r.scopeStatsAgree(t, scopes...)
+	}
+	full, err := r.ScopeStats(t.Context(), []artifact.Scope{artifact.DefaultScope}, 100)
+	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(r.dir, index.FileName)
-	execute(t, path, `ALTER TABLE state DROP COLUMN agreed; ALTER TABLE state DROP COLUMN differed;
-		DROP TABLE scopes; DROP TRIGGER scoped_inserted; DROP TRIGGER scoped_deleted; DROP TRIGGER scoped_updated; PRAGMA user_version = 1`)
-	r = open(t, r.dir)
-	theirs := in("pr-7", ours)
-	r.Stored(theirs)
-	if got := r.scopeSums(t); got != "default: 1 of 5 on 8192, pr-7: 1 of 5 on 8192" {
-		t.Errorf("there is %s", got)
+	limited, err := r.ScopeStats(t.Context(), []artifact.Scope{artifact.DefaultScope}, 1)
+	if err != nil || len(full.Tasks) < 2 || len(limited.Tasks) != 1 || limited.Tasks[0] != full.Tasks[0] || limited.TaskCount != full.TaskCount || limited.Total != full.Total {
+		t.Errorf("limited to one task there is %+v, %v, and else %+v", limited, err, full)
 	}
 }

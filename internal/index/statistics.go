@@ -3,6 +3,7 @@ package index
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -63,7 +64,7 @@ func (x *Index) Scopes(ctx context.Context) (all []ScopeSums, err error) {
 	return all, err
 }
 
-// Stats are what GetStats returns.
+// Stats are what Stats and ScopeStats return.
 type Stats struct {
 	// Total is about all tasks, and Usage says what happened since the index began.
 	Total Sums
@@ -81,6 +82,13 @@ type Sums struct {
 	Artifacts, Size, UncompressedSize, DiskSize int64
 }
 
+func (s *Sums) add(other Sums) {
+	s.Artifacts += other.Artifacts
+	s.Size += other.Size
+	s.UncompressedSize += other.UncompressedSize
+	s.DiskSize += other.DiskSize
+}
+
 // TaskStats are about a task of a package.
 type TaskStats struct {
 	PackageName, TaskName string
@@ -95,7 +103,7 @@ func (x *Index) SinceStart() Usage {
 	return x.sinceStart
 }
 
-// Stats returns statistics, with at most maxTasks tasks, or as many as have maxTextSize bytes of names.
+// Stats returns statistics of all scopes, with at most maxTasks tasks, or as many as have maxTextSize bytes of names.
 func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 	x.freshen(ctx)
 	x.mu.Lock()
@@ -121,5 +129,31 @@ func (x *Index) Stats(ctx context.Context, maxTasks int) (Stats, error) {
 		s.Tasks = append(s.Tasks, t)
 		return true, nil
 	})
+	return s, err
+}
+
+// ScopeStats returns what Stats would if there were no other scopes than some, but for what happened: that is counted
+// for all scopes together, so it is left out.
+func (x *Index) ScopeStats(ctx context.Context, scopes []artifact.Scope, maxTasks int) (Stats, error) {
+	x.freshen(ctx)
+	s := Stats{StartedAt: x.startedAt}
+	rows := "SELECT task_id, artifacts, size, uncompressed_size, disk_size FROM scope_tasks WHERE scope IN (SELECT value FROM json_each(?))"
+	if slices.Contains(scopes, artifact.DefaultScope) {
+		rows += ` UNION ALL SELECT id, artifacts, size, uncompressed_size, disk_size FROM tasks WHERE artifacts > 0
+			UNION ALL SELECT task_id, -artifacts, -size, -uncompressed_size, -disk_size FROM scope_tasks`
+	}
+	text := 0 // bytes
+	err := x.rows(ctx, fmt.Sprintf(`SELECT t.package, t.task, sum(r.artifacts), sum(r.size), sum(r.uncompressed_size), sum(r.disk_size)
+		FROM (%s) r JOIN tasks t ON t.id = r.task_id GROUP BY t.id HAVING sum(r.artifacts) > 0 ORDER BY 6 DESC, 1, 2`, rows),
+		[]any{scopeNames(scopes)}, func(scan func(...any) error) (bool, error) {
+			var t TaskStats
+			err := scan(&t.PackageName, &t.TaskName, &t.Artifacts, &t.Size, &t.UncompressedSize, &t.DiskSize)
+			s.TaskCount++
+			s.Total.add(t.Sums)
+			if text += len(t.PackageName) + len(t.TaskName); text <= maxTextSize && len(s.Tasks) < maxTasks {
+				s.Tasks = append(s.Tasks, t)
+			}
+			return true, err
+		})
 	return s, err
 }

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
@@ -182,33 +183,81 @@ func TestScopeOfRemovalOfOpenServer(t *testing.T) {
 	}
 }
 
-// TestOthersScopesAreHidden has a pull request look for what it must not learn: whether another one has an artifact
-// under a key.
+// TestOthersScopesAreHidden has callers look for what they must not learn: whether a scope that they don't read has an
+// artifact under a key, and how much there is in it.
 func TestOthersScopesAreHidden(t *testing.T) {
 	g := startGuarded(t, setup{managed: true})
 	w := g.ways()["REST with Bearer"](t)
 	client := cachev1.NewArtifactServiceClient(newGRPC(t, g.testServer))
-	stats := func(token string) *cachev1.GetCacheStatsResponse {
+	stats := func(token, scope string) *cachev1.GetCacheStatsResponse {
 		t.Helper()
-		response, err := client.GetCacheStats(metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+token), &cachev1.GetCacheStatsRequest{})
+		ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+token)
+		if scope != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, server.ScopeMetadata, scope)
+		}
+		response, err := client.GetCacheStats(ctx, &cachev1.GetCacheStatsRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return response
 	}
-	key := cachetest.Key("secret")
-	for i, token := range []string{g.pull(t, 8), g.pull(t, 7)} {
-		if got := w.put(t, token, "", key.String(), cachetest.Random(key, 100+i)); got != 201 {
+	put := func(token, scope, name string, size int) {
+		t.Helper()
+		key := cachetest.Key(name)
+		if got := w.put(t, token, scope, key.String(), cachetest.Random(key, size)); got != 201 {
 			t.Fatalf("an upload got %d", got)
 		}
 		g.flush(t)
 	}
-	waitUntil(t, "the two are compared", func() bool { return stats(operatorToken).GetComparisons().GetDifferedCount() == 1 })
-	for name, token := range map[string]string{"a pull request": g.pull(t, 7), "a reader": readerToken, "an admin of one scope": adminToken} {
-		got := stats(token)
-		if got.GetComparisons() != nil || len(got.GetScopes()) > 0 || len(got.GetTasks()) > 0 {
-			t.Errorf("%s learns of %v, %v, %v", name, got.GetComparisons(), got.GetScopes(), got.GetTasks())
+	put(g.main(t, "1"), "", "of all", 1000)
+	put(g.pull(t, 7), "", "secret", 2000)
+
+	callers := map[string]struct {
+		token, scope string
+		scopes       []string
+		artifacts    int64
+	}{
+		"a pull request":             {g.pull(t, 7), "", []string{"default", "pr-7"}, 2},
+		"a reader":                   {readerToken, "", []string{"default"}, 1},
+		"an admin of one scope":      {adminToken, "", []string{"default"}, 1},
+		"an admin of all, of one":    {operatorToken, "default", []string{"default"}, 1},
+		"an admin of all, of a pull": {operatorToken, "pr-7", []string{"default", "pr-7"}, 2},
+	}
+	before := map[string]*cachev1.GetCacheStatsResponse{}
+	for name, caller := range callers {
+		got := stats(caller.token, caller.scope)
+		before[name] = got
+		var scopes []string
+		for _, s := range got.GetScopes() {
+			scopes = append(scopes, s.GetScope())
 		}
+		if got.GetTotal().GetArtifactCount() != caller.artifacts || got.GetTotal().GetSize() == 0 || !slices.Equal(scopes, caller.scopes) || len(got.GetTasks()) != 1 || got.GetTaskCount() != 1 {
+			t.Errorf("%s is told %v", name, got)
+		}
+		if got.GetTotal().GetUsage() != nil || got.GetTasks()[0].GetStats().GetUsage() != nil || got.GetSinceStart() != nil || got.GetStorage() != nil || got.GetComparisons() != nil {
+			t.Errorf("%s is told what is counted for all scopes: %v", name, got)
+		}
+	}
+	// Another pull request stores, downloads, misses, and has something deleted.
+	put(g.pull(t, 8), "", "secret", 3000)
+	put(g.pull(t, 8), "", "more", 4000)
+	w.get(t, g.pull(t, 8), "", cachetest.Key("secret").String())
+	w.get(t, g.pull(t, 8), "", cachetest.Key("missed").String())
+	if _, err := client.DeleteArtifact(metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+operatorToken, server.ScopeMetadata, "pr-8"),
+		&cachev1.DeleteArtifactRequest{CacheKey: cachetest.Key("more").String()}); err != nil {
+		t.Fatal(err)
+	}
+	g.flush(t)
+	waitUntil(t, "the two are compared", func() bool { return stats(operatorToken, "").GetComparisons().GetDifferedCount() == 1 })
+	for name, caller := range callers {
+		if got := stats(caller.token, caller.scope); !proto.Equal(got, before[name]) {
+			t.Errorf("%s learns what happened in another scope: was told %v before, and %v behind it", name, before[name], got)
+		}
+	}
+	all := stats(operatorToken, "")
+	if usage := all.GetTotal().GetUsage(); all.GetTotal().GetArtifactCount() != 3 || len(all.GetScopes()) != 3 || usage.GetHitCount() != 1 || usage.GetMissCount() != 1 || usage.GetStoredCount() != 4 ||
+		!proto.Equal(usage, all.GetSinceStart()) || all.GetStorage().GetUsedSize() == 0 || all.GetTasks()[0].GetStats().GetUsage().GetHitCount() != 1 {
+		t.Errorf("an admin of all scopes is told %v", all)
 	}
 }
 

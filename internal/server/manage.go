@@ -16,7 +16,6 @@ import (
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/artifact"
-	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/index"
 	"github.com/polykit/polykit-cache/internal/retention"
@@ -269,11 +268,50 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 	if err != nil {
 		return nil, err
 	}
+	// Numbers of other scopes would tell what these have, were it by how much they grow.
+	caller := a.server.caller(ctx)
 	complete := m.Index.Complete() // before the numbers are read
-	stats, err := m.Index.Stats(ctx, maxTasks)
+	var stats index.Stats
+	if caller.all() {
+		stats, err = m.Index.Stats(ctx, maxTasks)
+	} else {
+		stats, err = m.Index.ScopeStats(ctx, caller.sees(), maxTasks)
+	}
 	if err != nil {
 		return nil, err
 	}
+	scopes, err := m.Index.Scopes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	response := &cachev1.GetCacheStatsResponse{
+		Total:         sumsMessage(stats.Total),
+		StartedAt:     timestamppb.New(stats.StartedAt),
+		TaskCount:     stats.TaskCount,
+		IndexComplete: complete && m.Index.Complete(), // which reading them may have found to be damaged
+	}
+	for _, s := range scopes {
+		if caller.all() || slices.Contains(caller.sees(), s.Scope) {
+			response.Scopes = append(response.Scopes, &cachev1.ScopeStats{Scope: s.Scope.String(), ArtifactCount: s.Artifacts, Size: s.Size, DiskSize: s.DiskSize})
+		}
+	}
+	for _, t := range stats.Tasks {
+		response.Tasks = append(response.Tasks, &cachev1.TaskStats{PackageName: t.PackageName, TaskName: t.TaskName, Stats: sumsMessage(t.Sums)})
+	}
+	if !caller.all() {
+		return response, nil
+	}
+	response.Total.Usage, response.SinceStart = usageMessage(stats.Usage), usageMessage(stats.SinceStart)
+	for i, t := range stats.Tasks {
+		response.Tasks[i].Stats.Usage = usageMessage(t.Usage)
+	}
+	response.Comparisons = &cachev1.ComparisonStats{AgreedCount: stats.Usage.Agreed, DifferedCount: stats.Usage.Differed}
+	response.Storage, err = storageMessage(m)
+	return response, err
+}
+
+// storageMessage returns how full the disk is.
+func storageMessage(m *Management) (*cachev1.StorageStats, error) {
 	usage, err := m.Storage.Usage()
 	if err != nil {
 		return nil, err
@@ -283,50 +321,26 @@ func (a *artifactService) GetCacheStats(ctx context.Context, request *cachev1.Ge
 		return nil, err
 	}
 	policy := m.Collector.Policy()
-	response := &cachev1.GetCacheStatsResponse{
-		Total:         sumsMessage(stats.Total, stats.Usage),
-		SinceStart:    usageMessage(stats.SinceStart),
-		StartedAt:     timestamppb.New(stats.StartedAt),
-		TaskCount:     stats.TaskCount,
-		IndexComplete: complete && m.Index.Complete(), // which reading them may have found to be damaged
-		Storage: &cachev1.StorageStats{
-			UsedSize:         usage.Used,
-			MaxStorageSize:   policy.MaxStorage,
-			FreeSize:         usage.Free,
-			MinFreeSize:      policy.MinFree,
-			DiskSize:         usage.Size,
-			QuarantinedCount: int64(len(quarantined)),
-		},
+	storage := &cachev1.StorageStats{
+		UsedSize:         usage.Used,
+		MaxStorageSize:   policy.MaxStorage,
+		FreeSize:         usage.Free,
+		MinFreeSize:      policy.MinFree,
+		DiskSize:         usage.Size,
+		QuarantinedCount: int64(len(quarantined)),
 	}
 	for _, q := range quarantined {
-		response.Storage.QuarantinedSize += q.DiskSize
+		storage.QuarantinedSize += q.DiskSize
 	}
-	// The rest tells of other scopes: the names of packages and of scopes, and by a comparison that another scope has
-	// the key that the caller just uploaded.
-	if !a.server.caller(ctx).may(auth.Operate) {
-		return response, nil
-	}
-	response.Comparisons = &cachev1.ComparisonStats{AgreedCount: stats.Usage.Agreed, DifferedCount: stats.Usage.Differed}
-	scopes, err := m.Index.Scopes(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, s := range scopes {
-		response.Scopes = append(response.Scopes, &cachev1.ScopeStats{Scope: s.Scope.String(), ArtifactCount: s.Artifacts, Size: s.Size, DiskSize: s.DiskSize})
-	}
-	for _, t := range stats.Tasks {
-		response.Tasks = append(response.Tasks, &cachev1.TaskStats{PackageName: t.PackageName, TaskName: t.TaskName, Stats: sumsMessage(t.Sums, t.Usage)})
-	}
-	return response, nil
+	return storage, nil
 }
 
-func sumsMessage(s index.Sums, u index.Usage) *cachev1.CacheStats {
+func sumsMessage(s index.Sums) *cachev1.CacheStats {
 	return &cachev1.CacheStats{
 		ArtifactCount:    s.Artifacts,
 		Size:             s.Size,
 		UncompressedSize: s.UncompressedSize,
 		DiskSize:         s.DiskSize,
-		Usage:            usageMessage(u),
 	}
 }
 

@@ -2003,7 +2003,7 @@ type GetCacheStatsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Everything together, counted since the index began.
 	Total *CacheStats `protobuf:"bytes,1,opt,name=total,proto3" json:"total,omitempty"`
-	// What happened since the server started.
+	// What happened since the server started. For a caller who sees all scopes only.
 	SinceStart *UsageStats `protobuf:"bytes,2,opt,name=since_start,json=sinceStart,proto3" json:"since_start,omitempty"`
 	// When the server started.
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
@@ -2012,16 +2012,16 @@ type GetCacheStatsResponse struct {
 	Tasks []*TaskStats `protobuf:"bytes,4,rep,name=tasks,proto3" json:"tasks,omitempty"`
 	// How many packages and tasks there are, in tasks or not.
 	TaskCount int64 `protobuf:"varint,5,opt,name=task_count,json=taskCount,proto3" json:"task_count,omitempty"`
-	// The disk.
+	// The disk. For a caller who sees all scopes only.
 	Storage *StorageStats `protobuf:"bytes,6,opt,name=storage,proto3" json:"storage,omitempty"`
 	// Whether the index knows everything that is stored. If not, it is being completed in the background,
 	// and the numbers here are lower than they should be.
 	IndexComplete bool `protobuf:"varint,7,opt,name=index_complete,json=indexComplete,proto3" json:"index_complete,omitempty"`
-	// By scope, those that have artifacts in the order of their names; "default" is always among them. Empty for a
-	// caller who may not see all scopes; tasks is, too.
+	// By scope, those that have artifacts and that the caller sees, in the order of their names; "default" is among
+	// them also if it has none.
 	Scopes []*ScopeStats `protobuf:"bytes,8,rep,name=scopes,proto3" json:"scopes,omitempty"`
-	// How often a key was stored in one scope and another since the index began. It is left out for a caller who may
-	// not see all scopes, who would learn by it which keys others have.
+	// How often a key was stored in one scope and another since the index began. For a caller who sees all scopes only:
+	// others would learn by it which keys there are in scopes that they don't read.
 	Comparisons   *ComparisonStats `protobuf:"bytes,9,opt,name=comparisons,proto3" json:"comparisons,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2261,7 +2261,7 @@ type CacheStats struct {
 	UncompressedSize int64 `protobuf:"varint,3,opt,name=uncompressed_size,json=uncompressedSize,proto3" json:"uncompressed_size,omitempty"`
 	// Bytes that they take on the server's disk.
 	DiskSize int64 `protobuf:"varint,4,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
-	// What happened with them and those that were removed.
+	// What happened with them and those that were removed. For a caller who sees all scopes only.
 	Usage         *UsageStats `protobuf:"bytes,5,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -156,6 +156,10 @@ type ArtifactServiceClient interface {
 	UnpinArtifact(ctx context.Context, in *UnpinArtifactRequest, opts ...grpc.CallOption) (*UnpinArtifactResponse, error)
 	// GetCacheStats says how much is stored, what for, and what it was good for.
 	//
+	// An admin of all scopes who names none learns it of all scopes. Others learn how much is stored in the scopes that
+	// they read, as if there were no others, and none of what happened, which is counted for all scopes together: usage,
+	// since_start, storage and comparisons are left out.
+	//
 	// REST: GET /v1/stats.
 	//
 	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
@@ -424,6 +428,10 @@ type ArtifactServiceServer interface {
 	// Errors: INVALID_CACHE_KEY, ARTIFACT_NOT_FOUND, OVERLOADED.
 	UnpinArtifact(context.Context, *UnpinArtifactRequest) (*UnpinArtifactResponse, error)
 	// GetCacheStats says how much is stored, what for, and what it was good for.
+	//
+	// An admin of all scopes who names none learns it of all scopes. Others learn how much is stored in the scopes that
+	// they read, as if there were no others, and none of what happened, which is counted for all scopes together: usage,
+	// since_start, storage and comparisons are left out.
 	//
 	// REST: GET /v1/stats.
 	//
