@@ -22,8 +22,8 @@ is, which entries of the file were looked at and which one decides, the scope th
 written to, and the scopes that would be read, in order.
 
 METHOD is that of the request over REST: GET or HEAD to download, PUT to upload, DELETE to
-delete; POST is collecting garbage and what else is about all scopes. KEY is the artifact's; no
-decision depends on it, and it may be left out.
+delete; POST is collecting garbage and what else is about all scopes, and so takes none. KEY is
+the artifact's; no decision depends on it, and it may be left out.
 
 The caller is one of
   --token-file   a file with a token or an ID token, or - for standard input. An ID token is

@@ -140,6 +140,14 @@ func (r *remoteFlags) address(server *url.URL, warnings io.Writer) (*url.URL, er
 	return server, nil
 }
 
+// ofAllScopes returns an error if a scope was given for something that is about all of them.
+func (r *remoteFlags) ofAllScopes(cmd *cobra.Command) error {
+	if !r.scope.given {
+		return nil
+	}
+	return usageError("%s is about all scopes together: leave out --scope, and POLYKIT_CACHE_SCOPE of the environment", cmd.Name())
+}
+
 // isLoopback says whether a host is this machine, as far as its name tells.
 func isLoopback(host string) bool {
 	host = strings.TrimSuffix(strings.ToLower(host), ".")

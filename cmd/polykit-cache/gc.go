@@ -28,6 +28,8 @@ the --keep-last newest artifacts in its scope; then, until everything fits into 
 scopes, besides what holds for all: the stricter of the two counts. Pinned artifacts are never
 removed. What was removed can be uploaded again. Downloads that have begun get all of it.
 
+It removes from all scopes together, and so takes no --scope.
+
 The limits hold for this one run. It asks the server at --server, whose own limits hold where no
 other was given. With --storage-dir it works on a directory instead, which no server may use then;
 give the limits that the server has: as flags, in the same environment, or with its --config, of
@@ -66,6 +68,9 @@ func gcCommand() *cobra.Command {
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := flags.ofAllScopes(cmd); err != nil {
+				return err
+			}
 			if err := flags.retention.complete(); err != nil {
 				return err
 			}

@@ -15,7 +15,8 @@ const quarantineLong = `quarantine lists the files that the server found damaged
 first: when, the size, the key that the file was stored under, or its name if it was no artifact,
 and what was wrong with it. Their keys can be uploaded again, and nothing serves them any more;
 the server removes them --quarantine-max-age after they were moved, or earlier where it needs the
-room. They lie in .polykit-cache/quarantine of its storage directory.
+room. They lie in .polykit-cache/quarantine of its storage directory. It lists those of all scopes
+together, and so takes no --scope.
 
 With --json it prints JSON lines, for each file an object on a line of its own with name,
 cache_key, size, reason and quarantined_at, as they arrive: all files were listed only if the
@@ -34,6 +35,9 @@ func quarantineCommand() *cobra.Command {
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := flags.ofAllScopes(cmd); err != nil {
+				return err
+			}
 			server, err := flags.connect(cmd.ErrOrStderr())
 			if err != nil {
 				return err

@@ -154,9 +154,11 @@ type Access struct {
 	grant     *Grant
 	name      string // of the token or rule
 	anonymous bool
+	asked     bool // for Scope
 }
 
-// May returns nil if the caller may do it, or an *Error.
+// May returns nil if the caller may do it, or an *Error. It returns ErrAllScopes for Operate where a scope was asked
+// for: who names one must not have something done in all.
 func (a *Access) May(action Action) error {
 	need := action.role()
 	if a.Role < need {
@@ -164,6 +166,9 @@ func (a *Access) May(action Action) error {
 	}
 	if action == Operate && !a.policy.coversAll(a.grant) {
 		return a.refuse(ReasonScope, "this needs an admin of all scopes")
+	}
+	if action == Operate && a.asked {
+		return ErrAllScopes
 	}
 	return nil
 }
@@ -176,13 +181,15 @@ func (a *Access) In(name string) (*Access, error) {
 		return nil, err
 	}
 	if scope == a.Scope {
-		return a, nil
+		in := *a
+		in.asked = true
+		return &in, nil
 	}
 	for _, allowed := range a.grant.choices {
 		entry := a.policy.entryOf(scope)
 		if allowed.matches(scope) && entry != nil {
 			in := *a
-			in.Scope = scope
+			in.Scope, in.asked = scope, true
 			in.Reads = entry.readBy(scope)
 			return &in, nil
 		}

@@ -48,6 +48,10 @@ var (
 	ErrUnavailable = errors.New("authentication is not available")
 )
 
+// ErrAllScopes says that something was asked for in one scope which can only be done in all. It is no *Error, since it
+// is not about who asks.
+var ErrAllScopes = errors.New("this is about all scopes together and can't be done in one: leave the scope out; what is kept in single scopes --scope-retention says")
+
 // Error says that a request is refused.
 type Error struct {
 	// Reason is for logs and metrics.

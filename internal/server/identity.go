@@ -122,6 +122,9 @@ func (s *Server) admit(ctx context.Context, action auth.Action, credentials auth
 		if credentials.Scope != artifact.DefaultScope.String() {
 			return nil, errNoScopes
 		}
+		if action == auth.Operate {
+			return nil, auth.ErrAllScopes
+		}
 		return context.WithValue(ctx, callerKey{}, &caller{cache: s.cache, asked: true}), nil
 	}
 	access, err := s.config.Auth.Authenticate(ctx, credentials)

@@ -19,10 +19,12 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/auth"
@@ -447,6 +449,62 @@ func TestPaths(t *testing.T) {
 	}
 }
 
+// TestOfAllScopes asks for one scope where something can only be done in all: nothing is done, and the answer says what
+// to do.
+func TestOfAllScopes(t *testing.T) {
+	g, open := startGuarded(t, setup{managed: true}), startServer(t, setup{managed: true})
+	for _, s := range []*testServer{g.testServer, open} {
+		havingA(t, s)
+		s.flush(t)
+	}
+	const sentence = "This is about all scopes together and can't be done in one: leave the scope out; what is kept in single scopes --scope-retention says"
+	for name, c := range map[string]struct {
+		server        *testServer
+		token, scope  string
+		status        int
+		reason, wants string
+	}{
+		"an admin of all, of nightly":          {g.testServer, operatorToken, "nightly", 400, "INVALID_REQUEST", sentence},
+		"an admin of all, of its own":          {g.testServer, operatorToken, "default", 400, "INVALID_REQUEST", sentence},
+		"an admin of all, of a pattern":        {g.testServer, operatorToken, "pr-7", 400, "INVALID_REQUEST", sentence},
+		"an admin of one":                      {g.testServer, adminToken, "default", 403, "PERMISSION_DENIED", "This needs an admin of all scopes"},
+		"a server that has one scope":          {open, "", "default", 400, "INVALID_REQUEST", sentence},
+		"a server that has one scope, another": {open, "", "nightly", 404, "NO_SCOPES", "This server has no scopes: it was started without --auth-file"},
+	} {
+		transport := newTransport(t, 1)
+		for _, asked := range []struct{ method, path, body string }{
+			{http.MethodPost, "/v1/artifacts:collectGarbage", `{"policy": {"max_age": "0.000000001s"}}`}, {http.MethodGet, "/v1/quarantine", ""},
+		} {
+			request := &restRequest{method: asked.method, target: "/t/" + c.scope + asked.path, body: []byte(asked.body), header: map[string]string{}}
+			if c.token != "" {
+				request.header["Authorization"] = "Bearer " + c.token
+			}
+			response, body := request.do(t, c.server, transport)
+			if response.StatusCode != c.status || !strings.Contains(string(body), c.wants) {
+				t.Errorf("%s: %s: got %d %s, want %d %s", name, asked.path, response.StatusCode, body, c.status, c.wants)
+			}
+		}
+		client := cachev1.NewArtifactServiceClient(newGRPC(t, c.server))
+		ctx := metadata.AppendToOutgoingContext(t.Context(), server.ScopeMetadata, c.scope)
+		if c.token != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.token)
+		}
+		_, collected := client.CollectGarbage(ctx, &cachev1.CollectGarbageRequest{Policy: &cachev1.RetentionPolicy{MaxAge: durationpb.New(1)}})
+		_, listed := client.ListQuarantine(ctx, &cachev1.ListQuarantineRequest{})
+		for _, err := range []error{collected, listed} {
+			got := status.Convert(err)
+			if details := got.Details(); got.Message() != c.wants || len(details) != 1 || details[0].(*errdetails.ErrorInfo).GetReason() != c.reason {
+				t.Errorf("%s over gRPC: got %v %v, want %s %s", name, err, details, c.reason, c.wants)
+			}
+		}
+	}
+	for _, s := range []*testServer{g.testServer, open} {
+		if _, err := s.cache.Stat(t.Context(), cachetest.Key("a")); err != nil {
+			t.Errorf("the artifact is gone: %v", err)
+		}
+	}
+}
+
 // TestPromote lets artifacts be those of a more trusted scope.
 func TestPromote(t *testing.T) {
 	g := startGuarded(t, setup{managed: true})
@@ -578,7 +636,9 @@ func TestExplainAgreesWithServer(t *testing.T) {
 			{"PUT", "/v1/artifacts/" + keyA, "x", auth.Write},
 			{"DELETE", "/v1/artifacts/" + keyA, "", auth.Administrate},
 			{"POST", "/v1/artifacts:collectGarbage", `{"dry_run": true}`, auth.Operate},
-		}[random.IntN(5)]
+			{"GET", "/v1/quarantine", "", auth.Operate},
+			{"GET", "/v1/stats", "", auth.Read},
+		}[random.IntN(7)]
 		target := g.url + asked.path
 		if c.Scope != "" {
 			target = g.url + "/t/" + c.Scope + asked.path

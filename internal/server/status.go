@@ -43,6 +43,7 @@ type fault struct {
 var faults = []fault{
 	{artifact.ErrInvalidKey, codes.InvalidArgument, "INVALID_CACHE_KEY", http.StatusBadRequest, ""},
 	{errInvalidRequest, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
+	{auth.ErrAllScopes, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
 	{cache.ErrSizeMismatch, codes.InvalidArgument, "INVALID_REQUEST", http.StatusBadRequest, ""},
 	{auth.ErrUnauthenticated, codes.Unauthenticated, "UNAUTHENTICATED", http.StatusUnauthorized, ""},
 	{auth.ErrForbidden, codes.PermissionDenied, "PERMISSION_DENIED", http.StatusForbidden, ""},

@@ -165,7 +165,8 @@ type ArtifactServiceClient interface {
 	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
 	GetCacheStats(ctx context.Context, in *GetCacheStatsRequest, opts ...grpc.CallOption) (*GetCacheStatsResponse, error)
 	// CollectGarbage removes what the retention policy does not keep, now and at most 10,000 artifacts in one
-	// call, or says what it would remove and why. The server does so by itself as well.
+	// call, or says what it would remove and why. The server does so by itself as well. It does so in all scopes: a
+	// call that names one is INVALID_REQUEST.
 	//
 	// REST: POST /v1/artifacts:collectGarbage.
 	//
@@ -178,7 +179,8 @@ type ArtifactServiceClient interface {
 	// Errors: INVALID_CACHE_KEY, INVALID_SCOPE, INVALID_REQUEST, ARTIFACT_NOT_FOUND, ARTIFACT_EXISTS, STORAGE_FULL,
 	// OVERLOADED.
 	PromoteArtifact(ctx context.Context, in *PromoteArtifactRequest, opts ...grpc.CallOption) (*PromoteArtifactResponse, error)
-	// ListQuarantine lists what was found damaged and moved out of the way, the newest first.
+	// ListQuarantine lists what was found damaged and moved out of the way, the newest first. It is of all scopes: a
+	// call that names one is INVALID_REQUEST.
 	//
 	// REST: GET /v1/quarantine.
 	//
@@ -438,7 +440,8 @@ type ArtifactServiceServer interface {
 	// Errors: INVALID_REQUEST, INDEX_UNAVAILABLE, OVERLOADED.
 	GetCacheStats(context.Context, *GetCacheStatsRequest) (*GetCacheStatsResponse, error)
 	// CollectGarbage removes what the retention policy does not keep, now and at most 10,000 artifacts in one
-	// call, or says what it would remove and why. The server does so by itself as well.
+	// call, or says what it would remove and why. The server does so by itself as well. It does so in all scopes: a
+	// call that names one is INVALID_REQUEST.
 	//
 	// REST: POST /v1/artifacts:collectGarbage.
 	//
@@ -451,7 +454,8 @@ type ArtifactServiceServer interface {
 	// Errors: INVALID_CACHE_KEY, INVALID_SCOPE, INVALID_REQUEST, ARTIFACT_NOT_FOUND, ARTIFACT_EXISTS, STORAGE_FULL,
 	// OVERLOADED.
 	PromoteArtifact(context.Context, *PromoteArtifactRequest) (*PromoteArtifactResponse, error)
-	// ListQuarantine lists what was found damaged and moved out of the way, the newest first.
+	// ListQuarantine lists what was found damaged and moved out of the way, the newest first. It is of all scopes: a
+	// call that names one is INVALID_REQUEST.
 	//
 	// REST: GET /v1/quarantine.
 	//
