@@ -3,6 +3,7 @@ package server_test
 import (
 	"encoding/json"
 	"net/http"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -195,6 +196,58 @@ func TestDocumentation(t *testing.T) {
 		}
 		if response, body := request.do(t, s, transport); response.StatusCode != want {
 			t.Errorf("%s: got %s %s; want %d", operation, response.Status, body, want)
+		}
+	}
+}
+
+// TestDocumentationOfCredentials holds what the OpenAPI description says of credentials and scopes to what the server
+// does.
+func TestDocumentationOfCredentials(t *testing.T) {
+	g := startGuarded(t, setup{managed: true})
+	transport := newTransport(t, 1)
+	response, text := (&restRequest{method: http.MethodGet, target: "/openapi.json"}).do(t, g.testServer, transport)
+	type operation struct {
+		Security  *[]map[string][]string
+		Responses map[string]any
+	}
+	var document struct {
+		Info                struct{ Description string }
+		SecurityDefinitions map[string]struct{ Type, In, Name string }
+		Security            []map[string][]string
+		Paths               map[string]map[string]operation
+	}
+	if err := json.Unmarshal(text, &document); err != nil || response.StatusCode != http.StatusOK {
+		t.Fatal(response.Status, err)
+	}
+	bearer, basic := document.SecurityDefinitions["bearer"], document.SecurityDefinitions["basic"]
+	if bearer.Type != "apiKey" || bearer.In != "header" || bearer.Name != "Authorization" || basic.Type != "basic" || len(document.SecurityDefinitions) != 2 {
+		t.Errorf("credentials are described as %+v", document.SecurityDefinitions)
+	}
+	if want := []map[string][]string{{}, {"bearer": {}}, {"basic": {}}}; !reflect.DeepEqual(document.Security, want) {
+		t.Errorf("asked for is %v, want %v", document.Security, want)
+	}
+	if !strings.Contains(document.Info.Description, "`/t/{scope}`") {
+		t.Errorf("nothing is said of the scope in paths: %s", document.Info.Description)
+	}
+	for path, operations := range document.Paths {
+		for method, described := range operations {
+			open := described.Security != nil && len(*described.Security) == 0
+			request := &restRequest{method: strings.ToUpper(method), target: strings.ReplaceAll(path, "{cache_key}", keyA)}
+			response, body := request.do(t, g.testServer, transport)
+			if open == (response.StatusCode == http.StatusUnauthorized) {
+				t.Errorf("%s %s: without a credential got %s %s, but described is %v", method, path, response.Status, body, described.Security)
+			}
+			if _, told := described.Responses["401"]; told == open {
+				t.Errorf("%s %s: that 401 can be answered: %t", method, path, told)
+			}
+			if _, told := described.Responses["403"]; told == open {
+				t.Errorf("%s %s: that 403 can be answered: %t", method, path, told)
+			}
+			// All that needs a credential can be asked for in a scope, and nothing else.
+			request.target = "/t/default" + request.target
+			if response, body := request.do(t, g.testServer, transport); open != (response.StatusCode == http.StatusNotFound) {
+				t.Errorf("%s %s: got %s %s", method, request.target, response.Status, body)
+			}
 		}
 	}
 }
