@@ -19,6 +19,8 @@ import (
 // newGateway returns the JSON methods.
 func (s *Server) newGateway() http.Handler {
 	gateway := runtime.NewServeMux(
+		// What is done must be what was admitted: X-HTTP-Method-Override would have the gateway look for another method.
+		runtime.WithDisablePathLengthFallback(),
 		runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.JSONPb{
 			MarshalOptions: protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true},
 		}),

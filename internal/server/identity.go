@@ -144,6 +144,10 @@ func (s *Server) admitted(route route, handle http.HandlerFunc) http.HandlerFunc
 	return func(w http.ResponseWriter, r *http.Request) {
 		record := recordOf(w)
 		record.method, record.action = method, route.action
+		if len(r.Header[http.CanonicalHeaderKey(ScopeMetadata)]) > 0 { // or something would be done in all scopes instead
+			s.refuse(w, r, fmt.Errorf("%w: a scope is named by the path, as in /t/nightly%s, and not by the header %s", errInvalidRequest, r.URL.Path, ScopeMetadata))
+			return
+		}
 		credentials := auth.Credentials{Scope: scopeOf(r)}
 		if s.config.Auth != nil {
 			credentials.Authorization, credentials.Certificate = r.Header["Authorization"], ClientCertificate(r.Context())
@@ -166,6 +170,10 @@ func (s *Server) admitCall(ctx context.Context, method string) (context.Context,
 	named := metadata.ValueFromIncomingContext(ctx, ScopeMetadata)
 	if len(named) > 1 {
 		return nil, fmt.Errorf("%w: there is more than one %s in the metadata; send one", errInvalidRequest, ScopeMetadata)
+	}
+	if len(named) == 1 && named[0] == "" { // as of a variable that is not set: it must not stand for all scopes
+		_, err := artifact.ParseScope(named[0])
+		return nil, err
 	}
 	credentials := auth.Credentials{Scope: strings.Join(named, "")}
 	if s.config.Auth != nil {
@@ -203,8 +211,8 @@ func inScope(r *http.Request) (*http.Request, bool) {
 	url.Path = path
 	if url.RawPath != "" {
 		raw, cut := strings.CutPrefix(url.RawPath, "/t/"+name)
-		if !cut {
-			return r, false // no scope has a name that must be escaped
+		if !cut || !strings.HasPrefix(raw, "/v1/") {
+			return r, false // no scope has a name that must be escaped, and what is behind it begins with a slash
 		}
 		url.RawPath = raw
 	}

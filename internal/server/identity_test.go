@@ -417,6 +417,12 @@ func TestPaths(t *testing.T) {
 		"/t/A/v1/artifacts/" + keyA:                     {400, 404},
 		"/t/%2e%2e/v1/artifacts/" + keyA:                {404, 404},
 		"/t/default%2Fx/v1/artifacts/" + keyA:           {404, 404},
+		"/t/default%2Fv1/artifacts/" + keyA:             {404, 404},
+		"/t/default/v1%2Fartifacts/" + keyA:             {404, 404},
+		"/t%2Fdefault/v1/artifacts/" + keyA:             {404, 404},
+		"/t/%64efault/v1/artifacts/" + keyA:             {404, 404},
+		"/t/default%00/v1/artifacts/" + keyA:            {400, 404},
+		"/t/default/v1/../../nightly/v1/artifacts/x":    {404, 404},
 		"/t//v1/artifacts/" + keyA:                      {404, 404},
 		"/t/default/t/default/v1/artifacts/" + keyA:     {404, 404},
 		"/t/default/healthz":                            {404, 404},
@@ -501,6 +507,46 @@ func TestOfAllScopes(t *testing.T) {
 	for _, s := range []*testServer{g.testServer, open} {
 		if _, err := s.cache.Stat(t.Context(), cachetest.Key("a")); err != nil {
 			t.Errorf("the artifact is gone: %v", err)
+		}
+	}
+}
+
+// TestScopeInTheWrongPlace names a scope where none is looked for: it must not be as if none was named, for that can mean
+// all scopes.
+func TestScopeInTheWrongPlace(t *testing.T) {
+	for name, s := range map[string]*testServer{"with an auth file": startGuarded(t, setup{managed: true}).testServer, "without one": startServer(t, setup{managed: true})} {
+		header := map[string]string{"Authorization": "Bearer " + operatorToken, "Polykit-Cache-Scope": "default"}
+		for _, version := range []int{1, 2} {
+			request := &restRequest{method: http.MethodPost, target: "/v1/artifacts:delete", header: header, body: []byte(`{"all": true, "dry_run": true}`)}
+			response, body := request.do(t, s, newTransport(t, version))
+			const want = `{"error":"Invalid request: a scope is named by the path, as in /t/nightly/v1/artifacts:delete, and not by the header polykit-cache-scope"}`
+			if strings.TrimSpace(string(body)) != want || response.StatusCode != 400 {
+				t.Errorf("%s: a header over HTTP/%d: got %d %s", name, version, response.StatusCode, body)
+			}
+		}
+		for way, conn := range map[string]grpc.ClientConnInterface{"gRPC": newGRPC(t, s), "gRPC amid REST": &sharedConn{transport: newTransport(t, 2), url: s.url}} {
+			ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+operatorToken, server.ScopeMetadata, "")
+			_, err := cachev1.NewArtifactServiceClient(conn).DeleteArtifacts(ctx, &cachev1.DeleteArtifactsRequest{All: true, DryRun: true})
+			checkStatus(t, err, codes.InvalidArgument, "INVALID_SCOPE", "Invalid scope: its name has 0 characters; it must have 1 to 63")
+			ctx = metadata.AppendToOutgoingContext(ctx, server.ScopeMetadata, "default")
+			_, err = cachev1.NewArtifactServiceClient(conn).DeleteArtifacts(ctx, &cachev1.DeleteArtifactsRequest{All: true, DryRun: true})
+			if status.Code(err) != codes.InvalidArgument {
+				t.Errorf("%s: two scopes over %s: got %v", name, way, err)
+			}
+		}
+	}
+}
+
+// TestMethodOverride asks for another method than the one that is admitted.
+func TestMethodOverride(t *testing.T) {
+	g := startGuarded(t, setup{managed: true})
+	transport := newTransport(t, 1)
+	havingA(t, g.testServer)
+	for _, method := range []string{"GET", "PUT", "DELETE"} {
+		request := &restRequest{method: http.MethodPost, target: "/v1/artifacts:findMissing", body: []byte(`{"cache_keys": ["` + keyA + `"]}`), header: map[string]string{
+			"Authorization": "Bearer " + readerToken, "X-HTTP-Method-Override": method, "Content-Type": "application/x-www-form-urlencoded"}}
+		if response, body := request.do(t, g.testServer, transport); response.StatusCode != 200 || strings.TrimSpace(string(body)) != `{"missing_cache_keys":[]}` {
+			t.Errorf("instead of %s: got %d %s", method, response.StatusCode, body)
 		}
 	}
 }
