@@ -152,8 +152,12 @@ func (a *Authenticator) load() (*state, error) {
 	return s, nil
 }
 
-// readFile returns what is in a file that is not too large.
+// readFile returns what is in a file that is not too large. A pipe would be waited for, for ever if nobody writes, and a
+// device may have no end.
 func readFile(path string) ([]byte, error) {
+	if stat, err := os.Stat(path); err == nil && !stat.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no file but a directory, a pipe or a device; it is read again and again, so it must be a file", path)
+	}
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, err

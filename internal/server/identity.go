@@ -26,6 +26,9 @@ import (
 // caller's credential is for. Over REST it is the beginning of the path: /t/{scope}/v1/artifacts.
 const ScopeMetadata = "polykit-cache-scope"
 
+// scopeHeader is a header of that name.
+var scopeHeader = http.CanonicalHeaderKey(ScopeMetadata)
+
 // anyone is what needs no credential: to ask whether the server works, and what its API is.
 const anyone = auth.Action(-1)
 
@@ -144,7 +147,7 @@ func (s *Server) admitted(route route, handle http.HandlerFunc) http.HandlerFunc
 	return func(w http.ResponseWriter, r *http.Request) {
 		record := recordOf(w)
 		record.method, record.action = method, route.action
-		if len(r.Header[http.CanonicalHeaderKey(ScopeMetadata)]) > 0 { // or something would be done in all scopes instead
+		if len(r.Header[scopeHeader]) > 0 { // or something would be done in all scopes instead
 			s.refuse(w, r, fmt.Errorf("%w: a scope is named by the path, as in /t/nightly%s, and not by the header %s", errInvalidRequest, r.URL.Path, ScopeMetadata))
 			return
 		}
