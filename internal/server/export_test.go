@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"net/http"
 
 	"google.golang.org/grpc"
@@ -60,3 +61,6 @@ func (s *Server) Admitted(handle func(*cache.Cache)) func(*http.Request) {
 	w := &pacedWriter{}
 	return func(r *http.Request) { admitted(w, r) }
 }
+
+// Unadmitted says whether a request that was not admitted could do anything.
+func (s *Server) Unadmitted() bool { return s.caller(context.Background()) != nil }

@@ -68,7 +68,8 @@ type caller struct {
 
 type callerKey struct{}
 
-// caller returns who sent the request of a context.
+// caller returns who sent the request of a context. Of one that was not admitted, which would be a mistake of the program,
+// it returns nil, with which nothing can be done, unless everybody may do everything.
 func (s *Server) caller(ctx context.Context) *caller {
 	if c, ok := ctx.Value(callerKey{}).(*caller); ok {
 		return c

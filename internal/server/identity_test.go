@@ -327,7 +327,13 @@ func TestKeyRotation(t *testing.T) {
 
 // TestEveryMethodHasAnAction fails when there is a route or call of which nobody said who may use it.
 func TestEveryMethodHasAnAction(t *testing.T) {
+	if startGuarded(t, setup{}).Unadmitted() {
+		t.Error("what is not admitted is done as if everybody might do everything")
+	}
 	s := startServer(t, setup{managed: true})
+	if !s.Unadmitted() {
+		t.Error("without an auth file nobody may do anything")
+	}
 	for _, name := range slices.Concat(s.Routes(), s.Calls()) {
 		if s.Action(name) == 0 {
 			t.Errorf("nothing says who may do %s", name)

@@ -128,7 +128,7 @@ type Server struct {
 	draining    chan struct{} // closed when Serve begins to shut down
 	idle        chan struct{} // told when there are no requests in flight while draining
 	listener    atomic.Pointer[limitedListener]
-	everybody   *caller // who sends requests, as long as nobody is told from others
+	everybody   *caller // who sends requests, as long as nobody is told from others; else nil
 	refusals    refusals
 	comparisons comparisons
 }
@@ -138,7 +138,10 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 	if config.Metrics == nil {
 		config.Metrics = metrics.New()
 	}
-	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1), everybody: &caller{cache: c}}
+	s := &Server{config: config, cache: c, management: config.Management, log: log, health: health.NewServer(), draining: make(chan struct{}), idle: make(chan struct{}, 1)}
+	if config.Auth == nil {
+		s.everybody = &caller{cache: c}
+	}
 	if config.Auth != nil && config.Management != nil {
 		s.comparisons.queue = make(chan artifact.Info, maxComparisons)
 	}
