@@ -378,6 +378,24 @@ func TestIssuerIsSlow(t *testing.T) {
 	}
 }
 
+// panicking is what asks an issuer, and panics.
+type panicking struct{}
+
+func (panicking) RoundTrip(*http.Request) (*http.Response, error) { panic("on purpose") }
+
+// A panic over what an issuer says does not end the process, and the issuer is asked again.
+func TestPanicOverKeys(t *testing.T) {
+	w := startWorld(t)
+	transport := w.issuer.Client().Transport
+	w.issuer.Client().Transport = panicking{}
+	token := w.issuer.token(t, "1", nil)
+	mustMatch(t, w.as(t, token), "issuer_unavailable 503 .*")
+	w.log.await("panic: on purpose", 1)
+	w.issuer.Client().Transport = transport
+	w.advance(10 * time.Second)
+	mustMatch(t, w.as(t, token), asMain)
+}
+
 // What an issuer says wrong is no key.
 func TestIssuerSaysWrong(t *testing.T) {
 	for _, c := range []struct {

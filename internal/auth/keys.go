@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -160,7 +161,13 @@ func (k *keySet) current() int {
 }
 
 // discover asks an issuer where its keys are, and for them (OpenID Connect Discovery 1.0, sections 4 and 3).
-func (k *keySet) discover(ctx context.Context) ([]jose.JSONWebKey, error) {
+func (k *keySet) discover(ctx context.Context) (keys []jose.JSONWebKey, err error) {
+	// In a goroutine of its own nothing else keeps a panic from ending the process, and what others wrote is taken apart here.
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
 	text, err := k.get(ctx, strings.TrimSuffix(k.issuer, "/")+"/.well-known/openid-configuration")
 	if err != nil {
 		return nil, err
