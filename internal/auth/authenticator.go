@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -265,6 +266,9 @@ func (s *state) authenticate(ctx context.Context, c Credentials, now time.Time) 
 		return nil, err
 	}
 	if secret == "" {
+		if err := s.checkCertificate(c.Certificate, now); err != nil {
+			return nil, err
+		}
 		return s.policy.decide(Identity{Certificate: c.Certificate}, nil)
 	}
 	id, err := s.policy.identify(secret, now)
@@ -294,6 +298,19 @@ func (s *state) authenticate(ctx context.Context, c Credentials, now time.Time) 
 	return access, nil
 }
 
+// checkCertificate returns an error if a certificate that counts is good no longer. It was when its connection was made,
+// but that can be open for long.
+func (s *state) checkCertificate(c *x509.Certificate, now time.Time) error {
+	if c == nil || !s.policy.certificateRules || !now.After(c.NotAfter) {
+		return nil
+	}
+	return &Error{
+		Reason:   ReasonExpired,
+		Detail:   fmt.Sprintf("%s expired at %s", Identity{Certificate: c}, c.NotAfter.UTC().Format(time.RFC3339)),
+		sentence: sentenceExpired,
+	}
+}
+
 // foreign returns who sends a secret that is no token of the file.
 func (s *state) foreign(ctx context.Context, secret string, now time.Time) (*verified, error) {
 	if len(s.issuers) == 0 || !looksLikeJWT(secret) {
@@ -307,6 +324,9 @@ func (a *Authenticator) Explain(ctx context.Context, c Credentials, action Actio
 	s, now := a.state.Load(), a.config.Now()
 	id := Identity{Certificate: c.Certificate}
 	secret, err := secretOf(c.Authorization)
+	if err == nil && secret == "" {
+		err = s.checkCertificate(c.Certificate, now)
+	}
 	if err == nil && secret != "" {
 		if id, err = s.policy.identify(secret, now); errors.Is(err, errNoToken) {
 			var v *verified

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/auth"
@@ -35,7 +36,7 @@ func claims(t testing.TB, text string) auth.Identity {
 }
 
 func certificate(name string) auth.Identity {
-	return auth.Identity{Certificate: &x509.Certificate{Subject: pkix.Name{CommonName: name}}}
+	return auth.Identity{Certificate: &x509.Certificate{Subject: pkix.Name{CommonName: name}, NotAfter: now.Add(time.Hour)}}
 }
 
 // outcome says what is decided, in a line.

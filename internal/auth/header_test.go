@@ -97,6 +97,34 @@ func TestHeaderBeforeCertificate(t *testing.T) {
 	}
 }
 
+// A certificate that expires while its connection is open is good no longer, and one that counts for nothing does not
+// matter then either.
+func TestCertificateExpires(t *testing.T) {
+	c := &clock{}
+	a := newAuthenticator(t, full, func(config *auth.Config) { config.Now = c.now })
+	credentials := auth.Credentials{Certificate: certificate("a.build.example").Certificate}
+	who := func() string {
+		access, err := a.Authenticate(t.Context(), credentials)
+		explained := a.Explain(t.Context(), credentials, auth.Read)
+		if (err == nil) != explained.Allowed {
+			t.Errorf("got %v, but explained is %v", err, explained.Refused)
+		}
+		if err != nil {
+			return describe(err)
+		}
+		return access.Who
+	}
+	c.advance(time.Hour)
+	mustMatch(t, who(), "certificate a.build.example")
+	c.advance(time.Nanosecond)
+	mustMatch(t, who(), "expired 401 The credential has expired: get a new one")
+	credentials.Authorization = []string{"Bearer " + ciToken}
+	mustMatch(t, who(), "token ci")
+	credentials.Authorization = nil
+	a = newAuthenticator(t, "anonymous: {role: reader}\n", func(config *auth.Config) { config.Now = c.now })
+	mustMatch(t, who(), "anonymous")
+}
+
 // The date on which a token expires is the first moment at which it is not valid.
 func TestTokenExpires(t *testing.T) {
 	for at, want := range map[time.Time]bool{
