@@ -281,6 +281,27 @@ func TestRememberedTokenExpires(t *testing.T) {
 	mustMatch(t, w.as(t, token), "expired 401 .*")
 }
 
+// What is remembered of a token is not changed by a request that names a scope.
+func TestRememberedTokenAndScope(t *testing.T) {
+	i := startIssuer(t)
+	a := newAuthenticator(t, fmt.Sprintf("issuers:\n  - {name: i, url: %s, audience: polykit-cache}\nrules:\n  - {name: r, issuer: i, role: admin, when: 'true'}\n", i.URL), func(c *auth.Config) {
+		c.HTTPClient = i.Client()
+	})
+	token := i.token(t, "1", nil)
+	for _, c := range []struct {
+		scope string
+		want  error
+	}{{"", nil}, {"default", auth.ErrAllScopes}, {"", nil}} {
+		access, err := a.Authenticate(t.Context(), auth.Credentials{Authorization: []string{"Bearer " + token}, Scope: c.scope})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := access.May(auth.Operate); err != c.want {
+			t.Errorf("in the scope %q: got %v, want %v", c.scope, err, c.want)
+		}
+	}
+}
+
 // New keys are known when a token first names one, old ones are forgotten, and strangers can't have the server ask
 // more often than it does.
 func TestKeyRotation(t *testing.T) {

@@ -62,5 +62,10 @@ func (s *Server) Admitted(handle func(*cache.Cache)) func(*http.Request) {
 	return func(r *http.Request) { admitted(w, r) }
 }
 
+// Undecided is what nobody said who may do: it is called if a request is let do it.
+func (s *Server) Undecided(called func()) http.HandlerFunc {
+	return s.admitted(0, func(http.ResponseWriter, *http.Request) { called() })
+}
+
 // Unadmitted says whether a request that was not admitted could do anything.
 func (s *Server) Unadmitted() bool { return s.caller(context.Background()) != nil }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -327,8 +328,16 @@ func TestKeyRotation(t *testing.T) {
 
 // TestEveryMethodHasAnAction fails when there is a route or call of which nobody said who may use it.
 func TestEveryMethodHasAnAction(t *testing.T) {
-	if startGuarded(t, setup{}).Unadmitted() {
+	g := startGuarded(t, setup{})
+	if g.Unadmitted() {
 		t.Error("what is not admitted is done as if everybody might do everything")
+	}
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+	request.Header.Set("Authorization", "Bearer "+operatorToken)
+	answer := httptest.NewRecorder()
+	g.Undecided(func() { t.Error("what nobody said who may do is done") })(answer, request)
+	if answer.Code != http.StatusInternalServerError {
+		t.Errorf("what nobody said who may do is answered with %d", answer.Code)
 	}
 	s := startServer(t, setup{managed: true})
 	if !s.Unadmitted() {
