@@ -54,6 +54,7 @@ var (
 	hits            = counter("hits_total", "Downloads that found an artifact.")
 	misses          = counter("misses_total", "Downloads that found none.")
 	uploads         = counter("uploads_total", "Uploads that were stored.")
+	compared        = counter("compared_artifacts_total", "Pairs of artifacts of one key in two scopes, by whether they have the same files (agreed) or not (differed): then one is poisoned, or its task does not make the same each time.", "result")
 	evictions       = counter("evictions_total", "Artifacts that were removed by the retention policy, by the limit that they were removed for.", "reason")
 	evicted         = counter("evicted_bytes_total", "Bytes on the disk that this freed.", "reason")
 	artifacts       = gauge("artifacts", "Artifacts that are stored, in all scopes.")
@@ -98,6 +99,8 @@ func (w *watch) Collect(all chan<- prometheus.Metric) {
 	tell(hits, float64(happened.Hits))
 	tell(misses, float64(happened.Misses))
 	tell(uploads, float64(happened.Stored))
+	tell(compared, float64(happened.Agreed), "agreed")
+	tell(compared, float64(happened.Differed), "differed")
 	for reason, sum := range w.Collector.Removed() {
 		tell(evictions, float64(sum.Artifacts), reason.String())
 		tell(evicted, float64(sum.DiskSize), reason.String())
