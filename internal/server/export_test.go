@@ -64,7 +64,7 @@ func (s *Server) Admitted(handle func(*cache.Cache)) func(*http.Request) {
 
 // Undecided is what nobody said who may do: it is called if a request is let do it.
 func (s *Server) Undecided(called func()) http.HandlerFunc {
-	return s.admitted(0, func(http.ResponseWriter, *http.Request) { called() })
+	return s.track(s.admitted(route{call: "x"}, func(http.ResponseWriter, *http.Request) { called() })).ServeHTTP
 }
 
 // Unadmitted says whether a request that was not admitted could do anything.
