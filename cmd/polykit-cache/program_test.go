@@ -153,7 +153,9 @@ func skip(t *testing.T, format string, args ...any) {
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer listener.Close()
 	return listener.Addr().String()
 }
