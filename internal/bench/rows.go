@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/dustin/go-humanize"
 
+	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/load"
 )
 
@@ -30,6 +32,9 @@ var rows = []row{
 	}},
 	{"REST get small", func(ctx context.Context, b *bench) ([]line, error) {
 		return b.besideNginx(ctx, "GET 4 KiB, 16 connections", load.Config{Operation: load.Get, Size: 4 << 10, Artifacts: 1000, Clients: 16}, perOperation, 0.45, 0)
+	}},
+	{"REST get small, known clients", func(ctx context.Context, b *bench) ([]line, error) {
+		return b.besideOpen(ctx, "GET 4 KiB with a token, 16 connections", load.Config{Operation: load.Get, Size: 4 << 10, Artifacts: 1000, Clients: 16})
 	}},
 	{"REST head", func(ctx context.Context, b *bench) ([]line, error) {
 		return b.besideNginx(ctx, "HEAD, 16 connections", load.Config{Operation: load.Head, Size: 4 << 10, Artifacts: 1000, Clients: 16}, perOperation, 0.45, 0)
@@ -57,13 +62,16 @@ var rows = []row{
 	{"scale", func(ctx context.Context, b *bench) ([]line, error) { return b.scale(ctx) }},
 }
 
-// prepared starts a server on an empty directory and uploads what a load asks for.
+// prepared starts a server on an empty directory and uploads what a load asks for, with what credential config has.
 func (b *bench) prepared(ctx context.Context, config load.Config, flags ...string) (dir string, server *process, l *load.Load, err error) {
 	if dir, err = os.MkdirTemp(b.dir, "store-"); err != nil {
 		return "", nil, nil, err
 	}
 	if server, err = b.startServer(ctx, dir, flags...); err != nil {
 		return "", nil, nil, err
+	}
+	if config.Server != nil {
+		server.url.User = config.Server.User
 	}
 	config.Server, config.KeepAlive = server.url, true
 	if l, err = load.New(config); err == nil && config.Operation != load.Put && config.Operation != load.Miss {
@@ -234,6 +242,35 @@ func (b *bench) besideREST(ctx context.Context) ([]line, error) {
 			perGB.costLine(work, all[0], costTogether(all[1], all[2]), 1.10, ", REST and bare grpc-go that receives it"),
 		}, nil
 	})
+}
+
+// besideOpen compares a server that asks who its clients are with one that does not.
+func (b *bench) besideOpen(ctx context.Context, work string, config load.Config) (lines []line, err error) {
+	dir, open, l, err := b.prepared(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	defer b.end(&err, open, dir)
+	token := auth.NewToken()
+	file := filepath.Join(b.dir, "auth.yaml")
+	if err := os.WriteFile(file, fmt.Appendf(nil, "tokens: [{name: bench, sha256: %s, role: writer}]\n", auth.HashToken(token)), 0o600); err != nil {
+		return nil, err
+	}
+	config.Server = &url.URL{User: url.UserPassword("x", token)}
+	dir, guarded, _, err := b.prepared(ctx, config, "--auth-file", file)
+	if err != nil {
+		return nil, err
+	}
+	defer b.end(&err, guarded, dir)
+	all, err := b.turns(ctx, b.loaded(guarded, l, perOperation, 0), b.loaded(open, l, perOperation, 0))
+	if err != nil {
+		return nil, err
+	}
+	speed := line{ratio: fmt.Sprintf("%.2f", ratio(all[0], all[1], speedOf))}
+	return []line{
+		speed.of(work, "speed", perOperation.speed(median(all[0], speedOf)), perOperation.speed(median(all[1], speedOf))+", no auth file"),
+		perOperation.costLine(work, all[0], all[1], 0, ", no auth file"),
+	}, nil
 }
 
 // memory measures what the server has resident.
