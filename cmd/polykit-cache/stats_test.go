@@ -21,7 +21,7 @@ func TestStatsOfAnIncompleteIndex(t *testing.T) {
 		if complete == "false" {
 			want = "the index is not complete yet, and the numbers are lower than they should be; ask again later\n"
 		}
-		if status != 0 || stderr != want || !strings.HasPrefix(stdout, "artifacts   0 of 0 packages and tasks\n") {
+		if status != 0 || stderr != want || !strings.HasPrefix(stdout, "artifacts  0 of 0 packages and tasks\n") {
 			t.Errorf("complete %s: exit status %d, %s%s", complete, status, stdout, stderr)
 		}
 		if status, stdout, stderr := polykit(t, "stats", "--json", "--server="+server.URL); status != 0 || stderr != "" || !strings.Contains(stdout, `"index_complete":`+complete) {
