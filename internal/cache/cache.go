@@ -235,6 +235,8 @@ func (c *Cache) find(look func(Store) error) (err error) {
 // written to, if it is sound. What is known beforehand is refused before body is read. If too many uploads wait already,
 // the error is artifact.ErrBusy.
 func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.Reader) (artifact.Info, error) {
+	about := artifact.Info{Scope: c.scopes[0], Key: key}
+	c.describe(ctx, key, about)
 	// Create looks too, but who waits should not learn only then that it waited in vain.
 	switch _, err := c.own().Stat(ctx, key); {
 	case err == nil:
@@ -244,7 +246,9 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 	case !errors.Is(err, ErrNotFound):
 		return artifact.Info{}, err
 	}
+	queue := begin(ctx, "queue", about)
 	body, release, err := c.verifier.Admit(ctx, body)
+	queue.end(about, err)
 	if err != nil {
 		return artifact.Info{}, err
 	}
@@ -255,16 +259,26 @@ func (c *Cache) Put(ctx context.Context, key artifact.Key, size int64, body io.R
 	}
 	defer upload.Abort()
 
+	verify := begin(ctx, "verify", about)
 	in := &intake{cache: c, body: body, declared: size, upload: upload, hash: sha256.New()}
 	defer in.close() // before Abort, whatever happens
 	contents, err := c.verifier.Verify(in, key)
 	if in.close(); in.err != nil {
-		return artifact.Info{}, in.err
+		err = in.err
 	}
 	if err != nil {
+		verify.end(about, err)
 		return artifact.Info{}, err
 	}
-	return upload.Commit(ctx, contents.Info(key, artifact.Digest(in.hash.Sum(nil)), in.size))
+	about = contents.Info(key, artifact.Digest(in.hash.Sum(nil)), in.size)
+	about.Scope = c.scopes[0]
+	verify.end(about, nil)
+	c.describe(ctx, key, about)
+
+	commit := begin(ctx, "commit", about)
+	info, err := upload.Commit(ctx, about)
+	commit.end(about, err)
+	return info, err
 }
 
 // Get returns an artifact's bytes, which the caller must close, and what is known of it.
@@ -273,6 +287,7 @@ func (c *Cache) Get(ctx context.Context, key artifact.Key) (file io.ReadSeekClos
 		file, info, err = store.Open(ctx, key)
 		return err
 	})
+	c.describe(ctx, key, info)
 	if c.config.Observer != nil {
 		switch {
 		case err == nil:
@@ -285,7 +300,14 @@ func (c *Cache) Get(ctx context.Context, key artifact.Key) (file io.ReadSeekClos
 }
 
 // Stat returns what is known of an artifact. Who asks is about to use it.
-func (c *Cache) Stat(ctx context.Context, key artifact.Key) (info artifact.Info, err error) {
+func (c *Cache) Stat(ctx context.Context, key artifact.Key) (artifact.Info, error) {
+	info, err := c.stat(ctx, key)
+	c.describe(ctx, key, info)
+	return info, err
+}
+
+// stat is Stat of an artifact that is not the only one that is asked for.
+func (c *Cache) stat(ctx context.Context, key artifact.Key) (info artifact.Info, err error) {
 	err = c.find(func(store Store) (err error) {
 		info, err = store.Stat(ctx, key)
 		return err
@@ -305,7 +327,7 @@ func (c *Cache) Missing(ctx context.Context, keys []artifact.Key) ([]artifact.Ke
 			continue
 		}
 		seen[key] = true
-		switch _, err := c.Stat(ctx, key); {
+		switch _, err := c.stat(ctx, key); {
 		case errors.Is(err, ErrNotFound):
 			missing = append(missing, key)
 		case err != nil:

@@ -27,6 +27,8 @@ import (
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/polykit/polykit-cache/internal/artifact"
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
@@ -70,6 +72,7 @@ type Collector struct {
 	log    *slog.Logger
 	store  Store
 	low    chan struct{} // told when there is little room
+	tracer trace.Tracer  // of removals that no traced request asked for; nil if they are not traced
 	short  bool          // Run said that there is too little, and nothing to evict
 	mu     sync.Mutex    // held while artifacts are removed
 
@@ -253,6 +256,14 @@ const (
 func (c *Collector) collect(ctx context.Context, policy Policy, wanted func(Policy, disk.Usage) int64, limit int) ([]Removal, left, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	began := time.Now()
+	removals, left, err := c.remove(ctx, policy, wanted, limit)
+	c.trace(ctx, began, removals, err)
+	return removals, left, err
+}
+
+// remove is collect without a trace, with c.mu locked.
+func (c *Collector) remove(ctx context.Context, policy Policy, wanted func(Policy, disk.Usage) int64, limit int) ([]Removal, left, error) {
 	c.flush(ctx)
 	usage, err := c.store.Usage()
 	if err != nil {
