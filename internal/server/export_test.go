@@ -69,3 +69,9 @@ func (s *Server) Undecided(called func()) http.HandlerFunc {
 
 // Unadmitted says whether a request that was not admitted could do anything.
 func (s *Server) Unadmitted() bool { return s.caller(context.Background()) != nil }
+
+// Tracing returns what a server does for traces: how it wraps a handler, and one of a route, how many options its gRPC
+// servers have for it, and what it does when a request fails.
+func (s *Server) Tracing(handler http.Handler, handle http.HandlerFunc) (http.Handler, http.HandlerFunc, int, func(context.Context)) {
+	return s.traced(handler), s.onRoute(route{}, handle), len(s.traceCalls()), func(ctx context.Context) { traceFault(ctx, internal) }
+}

@@ -36,12 +36,12 @@ const (
 
 // newGRPC returns the gRPC side of s behind net/http.
 func (s *Server) newGRPC() *grpc.Server {
-	server := grpc.NewServer(
+	server := grpc.NewServer(append(s.traceCalls(),
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
 		grpc.UnknownServiceHandler(s.unknownCall),
-	)
+	)...)
 	s.register(&streamRegistrar{server, s.serveBehindHTTP})
 	return server
 }

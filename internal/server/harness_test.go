@@ -29,6 +29,8 @@ import (
 	"testing"
 	"time"
 
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -63,7 +65,7 @@ type setup struct {
 	// managed says that the server has an index, and a collector with policy.
 	managed bool
 	policy  retention.Policy
-	// change changes the server's settings. It may be nil.
+	// change changes the server's settings. It may be nil. With POLYKIT_CACHE_TEST_TRACES all servers trace.
 	change func(*server.Config)
 }
 
@@ -118,6 +120,9 @@ func startServer(t testing.TB, setup setup) *testServer {
 	config.ShutdownTimeout = 10 * time.Second
 	if setup.tls {
 		config.TLS = &tls.Config{Certificates: []tls.Certificate{certificate()}, NextProtos: []string{"h2", "http/1.1"}}
+	}
+	if os.Getenv("POLYKIT_CACHE_TEST_TRACES") != "" {
+		config.Traces = newTraces(sdktrace.NewSimpleSpanProcessor(tracetest.NewNoopExporter()))
 	}
 	if setup.change != nil {
 		setup.change(&config)

@@ -47,7 +47,7 @@ const (
 // newNative returns the gRPC side of s for the connections of gRPC clients, which need no net/http in
 // between: gRPC's own transport takes less than half of its time.
 func (s *Server) newNative() *grpc.Server {
-	server := grpc.NewServer(
+	server := grpc.NewServer(append(s.traceCalls(),
 		grpc.Creds(connCredentials{insecure.NewCredentials()}),
 		grpc.ForceServerCodecV2(newCodec()),
 		experimental.BufferPool(&buffers),
@@ -63,7 +63,7 @@ func (s *Server) newNative() *grpc.Server {
 		grpc.WriteBufferSize(writeBuffer),
 		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
 		grpc.UnknownServiceHandler(s.unknownCall),
-	)
+	)...)
 	s.register(&streamRegistrar{server, s.serveCall})
 	return server
 }

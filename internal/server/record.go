@@ -114,6 +114,9 @@ func (rec *record) answering() {
 // end says what there is to say of a request that has ended.
 func (rec *record) end(ctx context.Context) {
 	took := time.Since(rec.start)
+	if rec.err != nil {
+		traceFault(ctx, rec.fault)
+	}
 	rec.answering() // at the latest
 	s := rec.server
 	method := rec.method

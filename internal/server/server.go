@@ -14,6 +14,8 @@
 // takes for it. All others are net/http's: there REST and gRPC can be mixed, as by proxies. TLS is below
 // all that, in tls.go: neither of the two knows of it.
 //
+// Requests and calls are traced, if they are to be, as traces.go says.
+//
 // Errors become statuses of both protocols in one table: status.go. How long the server waits for a
 // client is bounded in pace.go, how many connections there are and how long they are idle in
 // connections.go; how many uploads run at once is the Verifier's to say.
@@ -91,6 +93,8 @@ type Config struct {
 	// TrustedProxies are the addresses of proxies that are believed when they say whom they ask for
 	// (X-Forwarded-For).
 	TrustedProxies []netip.Prefix
+	// Traces is how requests and calls are traced. Nil means that none is.
+	Traces *Traces
 	// Management is what the methods need that are for those who run a cache. Without it they refuse.
 	Management *Management
 }
@@ -167,7 +171,7 @@ func New(c *cache.Cache, config Config, log *slog.Logger) *Server {
 		DisableGeneralOptionsHandler: true,
 
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		Handler:  s.track(s.split(rest)),
+		Handler:  s.traced(s.track(s.split(rest))),
 	}
 	return s
 }
@@ -403,7 +407,7 @@ func (s *Server) newREST() http.Handler {
 	mux := http.NewServeMux()
 	allowed := map[string][]string{}
 	for _, route := range s.routes(s.newGateway()) {
-		mux.HandleFunc(route.method+" "+route.path, s.admitted(route, route.handle))
+		mux.HandleFunc(route.method+" "+route.path, s.onRoute(route, s.admitted(route, route.handle)))
 		allowed[route.path] = append(allowed[route.path], route.method)
 	}
 	for path, methods := range allowed {
