@@ -21,6 +21,7 @@ verify, import, auth, token, config and completion, which need none:
 
 A flag whose help names a variable can be set in the environment too; a flag on the command line wins.
 Those of the server can also stand in a file, --config, over which both win; see config --help.
+The server sends traces where the variables of OpenTelemetry say, OTEL_*.
 
 "polykit-cache completion SHELL" prints what lets bash, zsh, fish or PowerShell complete commands and flags;
 "polykit-cache completion SHELL --help" says how to load it.

@@ -22,6 +22,7 @@ import (
 	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
 	"github.com/polykit/polykit-cache/internal/metrics"
+	"github.com/polykit/polykit-cache/internal/retention"
 	"github.com/polykit/polykit-cache/internal/server"
 )
 
@@ -212,6 +213,15 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	for _, warning := range environmentWarnings(os.Environ()) {
 		log.Warn(warning)
 	}
+	traces, err := newTracing(ctx, logTo, log)
+	if err != nil {
+		return err
+	}
+	if traces != nil {
+		log = slog.New(traceIDs{log.Handler()})
+		c.server.Traces = traces.server()
+		defer traces.close(c.server.ShutdownTimeout)
+	}
 	loaded, err := c.tls.load(log)
 	if err != nil {
 		return err
@@ -264,6 +274,9 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	m := metrics.New()
 	m.Build(version(), runtime.Version())
 	c.server.Metrics, c.server.TrustedProxies = m, c.trustedProxies
+	if traces != nil {
+		store.collector.Trace(traces.provider.Tracer(retention.TracerName))
+	}
 	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
 	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
 	defer runtime.KeepAlive(ballast(c.limits.systemMemory))
