@@ -411,6 +411,8 @@ func TestTracesThatNobodyTakes(t *testing.T) {
 			t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "1")        // ms
 			t.Setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")        // and so most are dropped
 			t.Setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1") // and so there is much to say
+			t.Setenv("OTEL_BSP_EXPORT_TIMEOUT", "3600000")
+			t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600000")
 			p := startProgram(t, "polykit-cache", t.TempDir(), "--shutdown-timeout=100ms")
 			at, err := client.ParseServer("http://" + p.address)
 			check(t, err)
