@@ -42,7 +42,7 @@ func traced(t *testing.T, do func(ctx context.Context)) []sdktrace.ReadOnlySpan 
 func attributesOf(span sdktrace.ReadOnlySpan) (all []string) {
 	set := attribute.NewSet(span.Attributes()...) // of two with one name the last one counts
 	for _, a := range set.ToSlice() {
-		all = append(all, string(a.Key)+"="+a.Value.Emit())
+		all = append(all, string(a.Key)+"="+a.Value.String())
 	}
 	slices.Sort(all)
 	return all

@@ -37,7 +37,7 @@ func TestSpans(t *testing.T) {
 			}
 			for _, a := range s.Attributes() {
 				if a.Key != "polykit.disk_size" || a.Value.AsInt64() < 4096 {
-					line += fmt.Sprintf(" %s=%s", a.Key, a.Value.Emit())
+					line += fmt.Sprintf(" %s=%s", a.Key, a.Value.String())
 				}
 			}
 			if s.Status().Description != "" {
