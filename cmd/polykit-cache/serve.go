@@ -1,29 +1,16 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"math"
 	"net"
-	"os"
-	"os/signal"
-	"runtime"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
-	"github.com/polykit/polykit-cache/internal/artifact"
-	"github.com/polykit/polykit-cache/internal/auth"
-	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/disk"
-	"github.com/polykit/polykit-cache/internal/metrics"
-	"github.com/polykit/polykit-cache/internal/retention"
 	"github.com/polykit/polykit-cache/internal/server"
 )
 
@@ -201,127 +188,4 @@ func (c *serveConfig) complete() error {
 	c.server.MaxHeaderSize = int(c.maxHeaderSize)
 	c.server.DrainSize = int64(c.drainSize)
 	return nil
-}
-
-// serve serves until ctx is done.
-func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
-	log, level := newLog(logTo, c.logFormat.value, c.logLevel.value)
-	defer func() {
-		if err == nil {
-			log.Info("stopped")
-		}
-	}()
-	for _, warning := range environmentWarnings(os.Environ()) {
-		log.Warn(warning)
-	}
-	traces, err := newTracing(ctx, logTo, log)
-	if err != nil {
-		return err
-	}
-	if traces != nil {
-		log = slog.New(traceIDs{log.Handler()})
-		c.server.Traces = traces.server()
-		defer traces.close(c.server.ShutdownTimeout)
-	}
-	loaded, err := c.tls.load(log)
-	if err != nil {
-		return err
-	}
-	if loaded != nil {
-		c.server.TLS = loaded.Config()
-	}
-	if c.authFile != "" {
-		if c.server.Auth, err = auth.New(auth.Config{File: c.authFile, Log: log}); err != nil {
-			return err
-		}
-	}
-	manager := newServiceManager(log)
-	manager.tell("STATUS=Opening the storage")
-	hangups := make(chan os.Signal, 1)
-	if loaded != nil || c.server.Auth != nil || manager != nil { // it reloads a service whether there is anything to read or not
-		signal.Notify(hangups, syscall.SIGHUP)
-		defer signal.Stop(hangups)
-	}
-	verifier := artifact.NewVerifier(c.limits.limits())
-	store, err := openStorage(disk.Config{
-		Dir:        c.storageDir,
-		Verifier:   verifier,
-		Durability: disk.Durability(c.durability.value),
-		HotSize:    int64(c.hotSize),
-		Log:        log,
-	}, &c.retention, log)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err := store.Close(); err != nil {
-			log.Error("could not close the storage in good order; the next start goes through it in the background", "error", err)
-		}
-	}()
-	listener, passed, err := c.listen()
-	if err != nil {
-		return err
-	}
-	c.server.Handover = passed
-	var operators *admin
-	adminAddress := ""
-	if c.adminAddress != "" {
-		if operators, err = newAdmin(c.adminAddress, log); err != nil {
-			listener.Close()
-			return err
-		}
-		adminAddress = operators.listener.Addr().String()
-	}
-	m := metrics.New()
-	m.Build(version(), runtime.Version())
-	c.server.Metrics, c.server.TrustedProxies = m, c.trustedProxies
-	if traces != nil {
-		store.collector.Trace(traces.provider.Tracer(retention.TracerName))
-	}
-	c.server.Management = &server.Management{Index: store.index, Collector: store.collector, Storage: store}
-	s := server.New(cache.New(store, verifier, cache.Config{MaxSize: int64(c.limits.maxSize), Observer: store.index}), c.server, log)
-	defer runtime.KeepAlive(ballast(c.limits.systemMemory))
-	c.logResources(log)
-	log.Info("listening", "address", listener.Addr().String(), "storage_dir", c.storageDir, "max_size", c.limits.maxSize.String(),
-		"max_connections", c.server.MaxConnections, "max_uploads", c.limits.limits().Slots(), "tls", loaded != nil, "auth", c.server.Auth != nil, "admin_address", adminAddress, "version", version())
-	if passed {
-		log.Info("serving on the socket that the service manager passed, whatever --bind and --port are by default", "address", listener.Addr().String())
-	}
-	m.Watch(metrics.Sources{Index: store.index, Collector: store.collector, Store: store.Store, Verifier: verifier, Requests: s.InFlight, Connections: s.Connections, Refusals: s.Refusals})
-	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
-	var background sync.WaitGroup
-	defer func() {
-		stop()
-		background.Wait()
-	}()
-	background.Go(func() { store.run(running) })
-	background.Go(func() { level.onSignals(running) })
-	if operators != nil {
-		background.Go(func() { operators.serve(running, operators.routes(s, m, level)) })
-	}
-	background.Go(func() {
-		onSignal(running, hangups, func() {
-			manager.reload(func() {
-				if loaded != nil {
-					loaded.Reload()
-				}
-				if c.server.Auth != nil {
-					c.server.Auth.Reload() // which logs what is wrong
-				}
-			})
-		})
-	})
-	if c.server.Auth != nil {
-		background.Go(func() { c.server.Auth.Run(running) })
-	} else if address, ok := listener.Addr().(*net.TCPAddr); ok && !address.IP.IsLoopback() {
-		log.Warn("everybody who can reach this address may read, write and delete everything: give --auth-file, bind to an address that only those can reach who may, or put something in front that asks who they are",
-			"address", address.String())
-	}
-	if c.scrub.Interval > 0 {
-		background.Go(func() { store.Scrub(running, c.scrub) })
-	}
-	background.Go(func() {
-		manager.run(ctx, running, serving{listener.Addr(), loaded != nil, s.Ready, store.index.DiskSize, c.server.ShutdownTimeout})
-	})
-	return s.Serve(ctx, listener)
 }
