@@ -39,7 +39,7 @@ func (s *Server) newGRPC() *grpc.Server {
 	server := grpc.NewServer(append(s.traceCalls(),
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
+		grpc.StreamInterceptor(s.countCalls()),
 		grpc.UnknownServiceHandler(s.unknownCall),
 	)...)
 	s.register(&streamRegistrar{server, s.serveBehindHTTP})

@@ -61,7 +61,7 @@ func (s *Server) newNative() *grpc.Server {
 		grpc.StaticConnWindowSize(connWindow),
 		grpc.ReadBufferSize(readBuffer),
 		grpc.WriteBufferSize(writeBuffer),
-		grpc.StreamInterceptor(s.config.Metrics.Calls().StreamServerInterceptor()),
+		grpc.StreamInterceptor(s.countCalls()),
 		grpc.UnknownServiceHandler(s.unknownCall),
 	)...)
 	s.register(&streamRegistrar{server, s.serveCall})

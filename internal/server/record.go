@@ -313,6 +313,18 @@ func (s *Server) recordCall(method string, stream grpc.ServerStream) *record {
 	return &rec
 }
 
+// countCalls returns an interceptor that counts calls as all servers of gRPC do. Those of methods that there are not
+// count as one method: what clients make up would be kept for ever otherwise.
+func (s *Server) countCalls() grpc.StreamServerInterceptor {
+	count := s.config.Metrics.Calls().StreamServerInterceptor()
+	return func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		if actions[info.FullMethod] == 0 {
+			info = &grpc.StreamServerInfo{FullMethod: "/" + otherMethod + "/" + otherMethod, IsClientStream: true, IsServerStream: true}
+		}
+		return count(service, stream, info, handle)
+	}
+}
+
 // recordedStream is the stream of a call that counts what is sent and received.
 type recordedStream struct {
 	grpc.ServerStream
