@@ -153,7 +153,8 @@ func (s *service) newServer() {
 	s.server = server.New(cache.New(s.store, s.verifier, cache.Config{MaxSize: int64(s.config.limits.maxSize), Observer: s.store.index}), config, s.log)
 	s.metrics.Watch(metrics.Sources{
 		Index: s.store.index, Collector: s.store.collector, Store: s.store.Store, Verifier: s.verifier,
-		Requests: s.server.InFlight, Connections: s.server.Connections, Refusals: s.server.Refusals,
+		Requests: s.server.InFlight, Connections: s.server.Connections, ConnectionsLimit: s.config.server.MaxConnections,
+		Ready: s.server.Ready, Refusals: s.server.Refusals,
 	})
 }
 

@@ -5,7 +5,7 @@ import "errors"
 // Reason is why a request was refused: stable, for logs and metrics.
 type Reason string
 
-// Reasons. But for those that say otherwise the caller has no valid credential.
+// What a Reason can be. But for those that say otherwise the caller has no valid credential.
 const (
 	// ReasonMissing: there is no credential, and anonymous callers may not do it.
 	ReasonMissing Reason = "missing"
@@ -37,6 +37,12 @@ const (
 	// ReasonScope: the caller may not use the scope, or has one that can't be. Forbidden.
 	ReasonScope Reason = "scope"
 )
+
+// Reasons are all that there are.
+var Reasons = []Reason{
+	ReasonMissing, ReasonMalformed, ReasonUnknownToken, ReasonExpired, ReasonNotYetValid, ReasonAudience, ReasonIssuer, ReasonAlgorithm,
+	ReasonUnknownKey, ReasonSignature, ReasonIssuerUnavailable, ReasonNoRule, ReasonRole, ReasonScope,
+}
 
 // An *Error wraps one of these.
 var (

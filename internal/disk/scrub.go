@@ -56,17 +56,23 @@ type Scrubbed struct {
 	Artifacts, Bytes int64
 	// Damaged is how many of them were found damaged and moved to quarantine.
 	Damaged int64
+	// StartedAt is when the pass that goes on began, maybe before the store was opened, or when the next one will;
+	// zero if nothing is scrubbed.
+	StartedAt time.Time
 	// EndedAt is when the last pass over everything ended; zero if none has.
 	EndedAt time.Time
 }
 
 // scrubCounts are counts for Scrubbed.
-type scrubCounts struct{ artifacts, bytes, damaged, endedAt atomic.Int64 }
+type scrubCounts struct{ artifacts, bytes, damaged, startedAt, endedAt atomic.Int64 }
 
 // Scrubbed returns what scrubs did since the store was opened.
 func (s *Store) Scrubbed() Scrubbed {
 	c := &s.scrubbed
 	scrubbed := Scrubbed{Artifacts: c.artifacts.Load(), Bytes: c.bytes.Load(), Damaged: c.damaged.Load()}
+	if at := c.startedAt.Load(); at > 0 {
+		scrubbed.StartedAt = time.Unix(0, at)
+	}
 	if at := c.endedAt.Load(); at > 0 {
 		scrubbed.EndedAt = time.Unix(0, at)
 	}
@@ -80,6 +86,7 @@ func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 	pass := s.readScrubPass(config.Interval)
 	s.writeScrubPass(pass)
 	for {
+		s.scrubbed.startedAt.Store(pass.StartedAt)
 		err := s.scrubRest(ctx, a, &pass, config.Interval)
 		if ctx.Err() != nil {
 			return
@@ -99,6 +106,7 @@ func (s *Store) Scrub(ctx context.Context, config ScrubConfig) {
 			"took", time.Since(time.Unix(0, pass.StartedAt)).Round(time.Second))
 		s.scrubbed.endedAt.Store(time.Now().UnixNano())
 		pass = scrubPass{StartedAt: max(pass.StartedAt+int64(config.Interval), time.Now().UnixNano())}
+		s.scrubbed.startedAt.Store(pass.StartedAt)
 		s.writeScrubPass(pass)
 		if !sleep(ctx, max(time.Until(time.Unix(0, pass.StartedAt)), passPause)) {
 			return

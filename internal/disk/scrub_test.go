@@ -190,6 +190,7 @@ func TestScrubResumes(t *testing.T) {
 		r.put(t, early, cachetest.Random(early, 10_000))
 		r.put(t, late, cachetest.Random(late, 10_000))
 		config := disk.ScrubConfig{Interval: month, Rate: 1 << 30}
+		began := time.Now()
 		stop := r.scrub(t, config)
 		time.Sleep(month / 2)
 		synctest.Wait()
@@ -200,7 +201,13 @@ func TestScrubResumes(t *testing.T) {
 		change(t, r.zst(late), flipBit)
 		time.Sleep(month / 4)
 		r = open(t, dir)
+		if told := r.store.Scrubbed(); told != (disk.Scrubbed{}) {
+			t.Errorf("before anything is scrubbed it tells %+v", told)
+		}
 		r.scrub(t, config)
+		if told := r.store.Scrubbed(); !told.StartedAt.Equal(began) || !told.EndedAt.IsZero() {
+			t.Errorf("the pass that goes on began at %s, and one ended at %s; want %s and none", told.StartedAt, told.EndedAt, began)
+		}
 		time.Sleep(month/4 - time.Hour)
 		synctest.Wait()
 		if !exists(t, r.zst(early)) || exists(t, r.zst(late)) {
@@ -211,6 +218,9 @@ func TestScrubResumes(t *testing.T) {
 		synctest.Wait()
 		if exists(t, r.zst(early)) {
 			t.Error("the next pass did not find the early artifact")
+		}
+		if told := r.store.Scrubbed(); !told.StartedAt.Equal(began.Add(month)) || told.EndedAt.IsZero() {
+			t.Errorf("the next pass began at %s, and the one before ended at %s; want %s, and a time", told.StartedAt, told.EndedAt, began.Add(month))
 		}
 	})
 }

@@ -25,7 +25,11 @@ type Sources struct {
 	Verifier  *artifact.Verifier
 	// Requests and Connections return how many there are now.
 	Requests, Connections func() int64
-	// Refusals returns how many requests were refused for who sent them, by the reason.
+	// ConnectionsLimit is the most connections that may be open at once.
+	ConnectionsLimit int
+	// Ready returns an error if artifacts can't be stored now.
+	Ready func(context.Context) error
+	// Refusals returns how many requests were refused for who sent them, by each reason that there is.
 	Refusals func() map[auth.Reason]int64
 }
 
@@ -44,8 +48,10 @@ func counter(name, help string, labels ...string) figure {
 }
 
 var (
+	ready            = gauge("ready", "1 if uploads can be stored, as /readyz says it; 0 if not.")
 	requestsInFlight = gauge("requests_in_flight", "Requests and calls that are handled now.")
 	connections      = gauge("connections", "Connections that are open.")
+	connectionsLimit = gauge("connections_limit", "Most that may be, by --max-connections.")
 	uploadsInFlight  = gauge("uploads_in_flight", "Uploads and other artifacts that are verified now.")
 	uploadsLimit     = gauge("uploads_limit", "Most that are verified at once, by --verify-memory.")
 	uploadsQueued    = gauge("uploads_queued", "Uploads that wait for others to end.")
@@ -70,7 +76,8 @@ var (
 
 	scrubbed      = counter("scrubbed_artifacts_total", "Artifacts that a scrub has read, by what it found: sound, damaged.", "result")
 	scrubbedBytes = counter("scrubbed_bytes_total", "Bytes of these.")
-	lastScrubbed  = gauge("last_scrub_timestamp_seconds", "When the last scrub of everything ended, in seconds since 1970; 0 if none has since the server started.")
+	scrubStarted  = gauge("scrub_start_timestamp_seconds", "When the scrub of everything that goes on began, which a restart does not change, or when the next one will, in seconds since 1970; missing with --scrub-interval=0.")
+	lastScrubbed  = gauge("last_scrub_timestamp_seconds", "When the last scrub of everything ended, in seconds since 1970; missing if none has since the server started.")
 )
 
 // Watch adds what is looked at when it is asked for.
@@ -87,8 +94,12 @@ func (w *watch) Collect(all chan<- prometheus.Metric) {
 	tell := func(f figure, value float64, labels ...string) {
 		all <- prometheus.MustNewConstMetric(f.desc, f.kind, value, labels...)
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
+	defer cancel()
+	tell(ready, number(w.Ready(ctx) == nil))
 	tell(requestsInFlight, float64(w.Requests()))
 	tell(connections, float64(w.Connections()))
+	tell(connectionsLimit, float64(w.ConnectionsLimit))
 	tell(uploadsInFlight, float64(w.Verifier.InFlight()))
 	tell(uploadsLimit, float64(w.Verifier.Slots()))
 	tell(uploadsQueued, float64(w.Verifier.Queued()))
@@ -106,8 +117,6 @@ func (w *watch) Collect(all chan<- prometheus.Metric) {
 		tell(evicted, float64(sum.DiskSize), reason.String())
 	}
 	tell(indexComplete, number(w.Index.Complete()))
-	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
-	defer cancel()
 	stats, err := w.Index.Stats(ctx, 0)
 	tell(indexAvailable, number(err == nil))
 	if err == nil {
@@ -128,12 +137,16 @@ func (w *watch) Collect(all chan<- prometheus.Metric) {
 	tell(scrubbed, float64(scrubs.Artifacts-scrubs.Damaged), "sound")
 	tell(scrubbed, float64(scrubs.Damaged), "damaged")
 	tell(scrubbedBytes, float64(scrubs.Bytes))
-	ended := 0.0
-	if !scrubs.EndedAt.IsZero() {
-		ended = float64(scrubs.EndedAt.UnixNano()) / 1e9
+	if !scrubs.StartedAt.IsZero() {
+		tell(scrubStarted, seconds(scrubs.StartedAt))
 	}
-	tell(lastScrubbed, ended)
+	if !scrubs.EndedAt.IsZero() {
+		tell(lastScrubbed, seconds(scrubs.EndedAt))
+	}
 }
+
+// seconds returns a time as Prometheus has it.
+func seconds(at time.Time) float64 { return float64(at.UnixNano()) / 1e9 }
 
 func number(is bool) float64 {
 	if is {

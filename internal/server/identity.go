@@ -281,10 +281,14 @@ func (r *refusals) log(reason auth.Reason) (unlogged int64, ok bool) {
 }
 
 // Refusals returns how many requests and calls were refused since the server started for who sent them, by the reason.
+// All reasons are there.
 func (s *Server) Refusals() map[auth.Reason]int64 {
 	s.refusals.mu.Lock()
 	defer s.refusals.mu.Unlock()
-	counts := map[auth.Reason]int64{}
+	counts := make(map[auth.Reason]int64, len(auth.Reasons))
+	for _, reason := range auth.Reasons {
+		counts[reason] = 0
+	}
 	for reason, known := range s.refusals.reasons {
 		counts[reason] = known.count
 	}
