@@ -44,10 +44,9 @@ func TestBombs(t *testing.T) {
 				}
 				for _, bomb := range bombs {
 					t.Run(bomb.Name, func(t *testing.T) {
-						// Most lives of 32 MiB of names, or of a manifest.json, and of what grew to hold them: some 45 MiB. On a busy
-						// machine the collector comes late. Without limits it would be gigabytes.
-						const most = 192 << 20
-						if peak := peakHeap(func() { send(t, bomb.Artifact, "Verification failed: "+bomb.Message) }); peak > most {
+						// Most lives of 32 MiB of names, or of a manifest.json, and of what grew to hold them: some 45 MiB.
+						const most = 96 << 20
+						if peak := peakHeap(living, func() { send(t, bomb.Artifact, "Verification failed: "+bomb.Message) }); peak > most {
 							t.Errorf("the heap grew by %d MiB; want at most %d", peak>>20, most>>20)
 						}
 					})
