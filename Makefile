@@ -2,7 +2,7 @@
 # go.mod. They are built from the module cache when they are first used; nothing is installed.
 # To move one to another version: go get -modfile=.tools/X.mod -tool PACKAGE@VERSION
 BUF         := go tool -modfile=.tools/buf.mod buf
-STATICCHECK := go tool -modfile=.tools/lint.mod staticcheck
+STATICCHECK := go tool -n -modfile=.tools/lint.mod staticcheck
 NFPM        := go tool -modfile=.tools/nfpm.mod nfpm
 PLATFORMS   := go run -modfile=.tools/platforms.mod ./.tools/platforms
 COMPOSE     := go run -modfile=.tools/compose.mod ./.tools/compose
@@ -63,13 +63,17 @@ fuzz: ## Fuzz each target for 20 minutes (or FUZZTIME=1h)
 .PHONY: check
 check: lint tidy fresh breaking test ## Check all that CI checks: lint, go.mod, gen/, the wire contract, tests
 
+# What is compiled for vet and staticcheck is what the tests need too, with the race detector where they have it;
+# staticcheck itself is built without, and "go tool -n" says where it is.
+AS_TESTED := $(if $(filter 1,$(shell go env CGO_ENABLED)),GOFLAGS="$(shell go env GOFLAGS) -race")
+
 .PHONY: lint
 lint: ## Check formatting, go vet, staticcheck, types on other systems, buf lint and compose.yaml
 	@offenders=$$(gofmt -l .) && if [ -n "$$offenders" ]; then \
 		echo "not formatted, run gofmt -w on:" >&2; echo "$$offenders" >&2; exit 1; \
 	fi
-	go vet ./...
-	$(STATICCHECK) ./...
+	$(AS_TESTED) go vet ./...
+	$(AS_TESTED) $$($(STATICCHECK)) ./...
 	$(PLATFORMS) windows/amd64 darwin/arm64
 	$(BUF) lint
 	$(COMPOSE) deploy/compose.yaml
