@@ -41,11 +41,10 @@ func (s *Server) newGateway() http.Handler {
 			s.refuse(w, r, err)
 			return
 		}
-		record := recordOf(w)
 		if r.Body != http.NoBody {
-			r.Body = &boundedBody{r.Body, record, maxMessageSize}
+			r.Body = &boundedBody{r.Body, maxMessageSize}
 		}
-		r = r.WithContext(context.WithValue(r.Context(), recordKey{}, record))
+		r = r.WithContext(context.WithValue(r.Context(), recordKey{}, recordOf(w)))
 		if r.Method == http.MethodHead { // net/http leaves the body out
 			r = r.Clone(r.Context())
 			r.Method = http.MethodGet
@@ -58,15 +57,11 @@ func (s *Server) newGateway() http.Handler {
 // error gets the rest, to throw it away.
 type boundedBody struct {
 	io.ReadCloser
-	record *record
-	left   int // bytes
+	left int // bytes
 }
 
 func (b *boundedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if b.left >= 0 { // or who reads on counts it
-		b.record.received += int64(n)
-	}
 	before := b.left
 	b.left -= min(n, before+1)
 	if before >= 0 && b.left < 0 {

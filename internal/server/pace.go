@@ -150,10 +150,9 @@ func (p *pace) tooSlow(should string) error {
 
 // pacedBody is the body of an upload, whose client must send it at the least rate.
 type pacedBody struct {
-	body     io.Reader
-	pace     *pace
-	first    func() // is called before the first read, if it is not nil
-	received int64  // bytes
+	body  io.Reader
+	pace  *pace
+	first func() // is called before the first read, if it is not nil
 }
 
 func (b *pacedBody) Read(p []byte) (int, error) {
@@ -164,7 +163,6 @@ func (b *pacedBody) Read(p []byte) (int, error) {
 	b.pace.begin(0)
 	n, err := b.body.Read(p)
 	b.pace.end(n)
-	b.received += int64(n)
 	if err != nil {
 		if slow := b.pace.stop("send"); slow != nil {
 			err = slow
@@ -204,7 +202,9 @@ func (w *pacedWriter) Write(p []byte) (int, error) {
 	w.pace.begin(len(p))
 	n, err := w.write(p)
 	w.pace.end(n)
-	w.record.sent += int64(n)
+	if w.record.request[0] != http.MethodHead { // whose answer net/http leaves the body out of
+		w.record.sent += int64(n)
+	}
 	return n, err
 }
 

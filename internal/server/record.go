@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -323,6 +324,19 @@ func (s *Server) countCalls() grpc.StreamServerInterceptor {
 		}
 		return count(service, stream, info, handle)
 	}
+}
+
+// recordedBody is the body of a request over REST that counts what is received, whoever reads it.
+type recordedBody struct {
+	io.ReadCloser
+	record *record
+}
+
+// Read implements io.Reader.
+func (b *recordedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.record.received += int64(n)
+	return n, err
 }
 
 // recordedStream is the stream of a call that counts what is sent and received.

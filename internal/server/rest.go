@@ -26,7 +26,6 @@ func (s *Server) putArtifact(w http.ResponseWriter, r *http.Request) {
 		body := s.paceBody(w, r)
 		info, err = s.caller(r.Context()).cache.Put(r.Context(), key, r.ContentLength, body)
 		body.pace.stop("send")
-		record.received = body.received
 	}
 	if err != nil {
 		s.refuse(w, r, err)
@@ -237,8 +236,7 @@ func (d *download) cutShort() error {
 // answer is sent first, and then the body is read and thrown away, within bounds.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	f := faultOf(err)
-	record := recordOf(w)
-	record.failed(f, err)
+	recordOf(w).failed(f, err)
 	if refusal, ok := errors.AsType[*auth.Error](err); ok && f.status == http.StatusUnauthorized {
 		w.Header()["Www-Authenticate"] = refusal.Challenges()
 	}
@@ -276,7 +274,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 			return
 		}
 		left -= int64(n)
-		record.received += int64(n)
 	}
 }
 

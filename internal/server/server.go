@@ -226,6 +226,9 @@ func (s *Server) record(w *pacedWriter, r *http.Request) {
 	setHeaders(w, requestIDHeader, w.record.id)
 	w.record.request = [2]string{r.Method, r.URL.Path}
 	w.record.remote, w.record.proxies = r.RemoteAddr, r.Header["X-Forwarded-For"]
+	if r.Body != http.NoBody {
+		r.Body = &recordedBody{r.Body, &w.record}
+	}
 	w.record.began(r.Context())
 }
 
