@@ -41,6 +41,11 @@ const (
 	requestIDMetadata = "x-request-id"
 	// maxRequestID is the most bytes of a request's own id. A longer one is not taken.
 	maxRequestID = 128
+	// maxAddress is the most bytes of what a proxy says is an address. A longer one is none.
+	maxAddress = 128
+	// maxLogged is the most bytes in the log of one thing that others wrote, as a path or the name of a package. More
+	// are left out, or anybody could fill the disk with few requests.
+	maxLogged = 1 << 10
 )
 
 // record is what there is to say of one request or call. It belongs to the goroutine that handles it.
@@ -79,7 +84,7 @@ func (s *Server) begin(protocol, id string) record {
 // began logs that a request began, for who looks for one that does not end.
 func (rec *record) began(ctx context.Context) {
 	if log := rec.server.log; log.Enabled(ctx, LevelTrace) { // its arguments cost more than the question
-		log.Log(ctx, LevelTrace, "request began", "protocol", rec.protocol, "request", rec.asked(), "client", rec.server.clientOf(rec.remote, rec.proxies), "request_id", rec.id)
+		log.Log(ctx, LevelTrace, "request began", "protocol", rec.protocol, "request", shortened(rec.asked()), "client", rec.server.clientOf(rec.remote, rec.proxies), "request_id", rec.id)
 	}
 }
 
@@ -135,13 +140,13 @@ func (rec *record) end(ctx context.Context) {
 	attributes := make([]slog.Attr, 0, 24)
 	add := func(name string, value any) { attributes = append(attributes, slog.Any(name, value)) }
 	add("method", method.Name)
-	add("request", rec.asked())
+	add("request", shortened(rec.asked()))
 	if rec.key != (artifact.Key{}) {
 		add("key", rec.key)
 	}
 	if rec.caller != nil && rec.caller.access != nil {
 		add("scope", rec.caller.access.Scope)
-		add("who", rec.caller.access.Who)
+		add("who", shortened(rec.caller.access.Who))
 	} else if rec.key != (artifact.Key{}) {
 		add("scope", artifact.DefaultScope)
 	}
@@ -155,19 +160,27 @@ func (rec *record) end(ctx context.Context) {
 	add("request_id", rec.id)
 	if rec.stored != nil {
 		add("files", rec.stored.FileCount)
-		add("package", rec.stored.PackageName)
-		add("task", rec.stored.TaskName)
+		add("package", shortened(rec.stored.PackageName))
+		add("task", shortened(rec.stored.TaskName))
 	}
 	if rec.err != nil {
 		if rec.fault.reason != "" {
 			add("reason", rec.fault.reason)
 		}
-		add("error", rec.err)
-		if refusal, ok := errors.AsType[*auth.Error](rec.err); ok { // the client is told less
+		if rec.fault.status == http.StatusInternalServerError {
+			add("error", rec.err) // which has all that is known, as where a panic was
+		} else {
+			add("error", shortened(rec.err.Error()))
+		}
+		lines, reason := &s.unadmitted, auth.Reason(rec.fault.reason)
+		refusal, ok := errors.AsType[*auth.Error](rec.err)
+		if ok { // the client is told less
 			add("refused", refusal.Reason)
-			add("detail", refusal.Detail)
-			unlogged, ok := s.refusals.log(refusal.Reason)
-			if !ok {
+			add("detail", shortened(refusal.Detail))
+			lines, reason = &s.refusals, refusal.Reason
+		}
+		if ok || rec.caller == nil && level > slog.LevelDebug {
+			if unlogged, ok := lines.log(reason); !ok {
 				level = slog.LevelDebug
 			} else if unlogged > 0 {
 				add("unlogged", unlogged)
@@ -179,6 +192,14 @@ func (rec *record) end(ctx context.Context) {
 		message = "request failed"
 	}
 	s.log.LogAttrs(ctx, level, message, attributes...)
+}
+
+// shortened returns the beginning of a text that others wrote, if there is more of it than is logged.
+func shortened(text string) string {
+	if len(text) <= maxLogged {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxLogged], "") + "…"
 }
 
 // asked returns what was asked for.
@@ -265,15 +286,16 @@ func isRequestID(id string) bool {
 func (s *Server) clientOf(remote string, forwarded []string) string {
 	client := remote
 	for _, header := range slices.Backward(forwarded) {
-		for _, said := range slices.Backward(strings.Split(header, ",")) {
+		for more := true; more; {
 			if !s.isProxy(client) {
 				return client
 			}
-			said = strings.TrimSpace(said)
+			last := strings.LastIndexByte(header, ',')
+			said := strings.TrimSpace(header[last+1:])
 			if _, ok := addressOf(said); !ok {
 				return client // a proxy says nothing that can be used
 			}
-			client = said
+			client, header, more = said, header[:max(0, last)], last >= 0
 		}
 	}
 	return client
@@ -286,6 +308,9 @@ func (s *Server) isProxy(address string) bool {
 
 // addressOf returns the IP address in an address with or without a port.
 func addressOf(address string) (netip.Addr, bool) {
+	if len(address) > maxAddress { // as of a zone, which can be anything
+		return netip.Addr{}, false
+	}
 	if host, _, err := net.SplitHostPort(address); err == nil {
 		address = host
 	}

@@ -27,10 +27,22 @@ func TestClientOf(t *testing.T) {
 		"over IPv6":                       {"[2001:db8::1]:1234", []string{"2001:db9::7"}, "2001:db9::7"},
 		"IPv6 in brackets":                {"[2001:db8::1]:1234", []string{"[2001:db9::7]:99"}, "[2001:db9::7]:99"},
 		"IPv4 as IPv6 has it":             {"[::ffff:10.0.0.1]:1234", []string{"198.51.100.7"}, "198.51.100.7"},
+		"a proxy that says a long zone":   {"10.0.0.1:1234", []string{"fe80::1%" + strings.Repeat("x", maxAddress)}, "10.0.0.1:1234"},
 		"nothing between commas":          {"10.0.0.1:1234", []string{","}, "10.0.0.1:1234"},
 	} {
 		if got := s.clientOf(test.remote, test.forwarded); got != test.want {
 			t.Errorf("%s: %q; want %q", name, got, test.want)
+		}
+	}
+}
+
+// TestClientOfCostsLittle has a client send a header that would cost a lot to take apart.
+func TestClientOfCostsLittle(t *testing.T) {
+	s := &Server{config: Config{TrustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}
+	header := []string{strings.Repeat(",", DefaultConfig.MaxHeaderSize)}
+	for _, remote := range []string{"192.0.2.1:1234", "10.0.0.1:1234"} {
+		if n := testing.AllocsPerRun(100, func() { s.clientOf(remote, header) }); n > 4 { // of the error that nothing is no address
+			t.Errorf("from %s: %v allocations", remote, n)
 		}
 	}
 }

@@ -134,6 +134,7 @@ type Server struct {
 	listener    atomic.Pointer[limitedListener]
 	everybody   *caller // who sends requests, as long as nobody is told from others; else nil
 	refusals    refusals
+	unadmitted  refusals // for other reasons of requests that somebody sent who is not known yet
 	comparisons comparisons
 }
 
@@ -196,8 +197,10 @@ func (s *Server) split(rest http.Handler) http.Handler {
 	})
 }
 
+// isGRPC says whether a request is a call. What only looks like one gRPC would refuse without a record.
 func isGRPC(r *http.Request) bool {
-	return r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
+	subtype, ok := strings.CutPrefix(r.Header.Get("Content-Type"), "application/grpc")
+	return ok && r.ProtoMajor == 2 && r.Method == http.MethodPost && (subtype == "" || subtype[0] == '+' || subtype[0] == ';')
 }
 
 // track counts the requests in flight, and records each. While the server drains, it tells clients that
