@@ -52,10 +52,13 @@ type scrubPass struct {
 
 // Scrubbed is what scrubs did since the store was opened.
 type Scrubbed struct {
-	// Artifacts is how many were read, and Bytes how many bytes they have.
-	Artifacts, Bytes int64
-	// Damaged is how many of them were found damaged and moved to quarantine.
+	// Sound is how many artifacts were read and not found damaged. It is no difference of two counts, which could be
+	// less than before while they change.
+	Sound int64
+	// Damaged is how many were, and moved to quarantine, with what was in the place of one.
 	Damaged int64
+	// Bytes is how many bytes the artifacts have.
+	Bytes int64
 	// StartedAt is when the pass that goes on began, maybe before the store was opened, or when the next one will;
 	// zero if nothing is scrubbed.
 	StartedAt time.Time
@@ -64,12 +67,12 @@ type Scrubbed struct {
 }
 
 // scrubCounts are counts for Scrubbed.
-type scrubCounts struct{ artifacts, bytes, damaged, startedAt, endedAt atomic.Int64 }
+type scrubCounts struct{ sound, bytes, damaged, startedAt, endedAt atomic.Int64 }
 
 // Scrubbed returns what scrubs did since the store was opened.
 func (s *Store) Scrubbed() Scrubbed {
 	c := &s.scrubbed
-	scrubbed := Scrubbed{Artifacts: c.artifacts.Load(), Bytes: c.bytes.Load(), Damaged: c.damaged.Load()}
+	scrubbed := Scrubbed{Sound: c.sound.Load(), Bytes: c.bytes.Load(), Damaged: c.damaged.Load()}
 	if at := c.startedAt.Load(); at > 0 {
 		scrubbed.StartedAt = time.Unix(0, at)
 	}
@@ -201,7 +204,9 @@ func (s *Store) scrubShard(ctx context.Context, a *auditor, shard string, pass *
 		if e.kind == entryArtifact {
 			pass.Artifacts++
 			pass.Bytes += finding.Size
-			s.scrubbed.artifacts.Add(1)
+			if finding.State != StateDamaged {
+				s.scrubbed.sound.Add(1)
+			}
 			s.scrubbed.bytes.Add(finding.Size)
 		}
 		switch finding.State {

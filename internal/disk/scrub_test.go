@@ -219,6 +219,9 @@ func TestScrubResumes(t *testing.T) {
 		if exists(t, r.zst(early)) {
 			t.Error("the next pass did not find the early artifact")
 		}
+		if told := r.store.Scrubbed(); told.Sound != 0 || told.Damaged != 2 || told.Bytes == 0 {
+			t.Errorf("of two artifacts, both damaged, it tells %+v", told)
+		}
 		if told := r.store.Scrubbed(); !told.StartedAt.Equal(began.Add(month)) || told.EndedAt.IsZero() {
 			t.Errorf("the next pass began at %s, and the one before ended at %s; want %s, and a time", told.StartedAt, told.EndedAt, began.Add(month))
 		}

@@ -134,7 +134,7 @@ func (w *watch) Collect(all chan<- prometheus.Metric) {
 		tell(quarantineBytes, float64(size))
 	}
 	scrubs := w.Store.Scrubbed()
-	tell(scrubbed, float64(scrubs.Artifacts-scrubs.Damaged), "sound")
+	tell(scrubbed, float64(scrubs.Sound), "sound")
 	tell(scrubbed, float64(scrubs.Damaged), "damaged")
 	tell(scrubbedBytes, float64(scrubs.Bytes))
 	if !scrubs.StartedAt.IsZero() {
