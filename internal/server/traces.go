@@ -26,7 +26,8 @@ import (
 //
 // What says whether the server works has no spans: it is asked all the time. The names of spans are routes and calls,
 // which are few, never what a client sent. Of a request they have the path but not the query, and of its header what says
-// who sent it from where to which host: never a credential.
+// who sent it from where to which host: never a credential. Spans wait in memory to be sent, thousands of them, so what
+// one can keep of a request is bounded: one with more than anybody needs has no span.
 
 // Traces is how requests and calls are traced.
 type Traces struct {
@@ -38,6 +39,42 @@ type Traces struct {
 
 // probes are the paths that are asked for all the time by who watches the server, and so have no spans.
 var probes = []string{"/healthz", "/readyz", "/metrics"}
+
+// maxTraced is the most bytes of a request that its span may keep: its target, its method, and the headers below.
+const maxTraced = 4 << 10
+
+// tracedHeaders are the headers that a span keeps something of.
+var tracedHeaders = []string{"User-Agent", "X-Forwarded-For", "Tracestate"}
+
+// traceable says whether a span may keep what it does of a request. A part of a text keeps all of it.
+func traceable(r *http.Request) bool {
+	size := len(r.RequestURI) + len(r.Method) + len(r.Host)
+	for _, name := range tracedHeaders {
+		for _, value := range r.Header[name] {
+			size += len(value)
+		}
+	}
+	return size <= maxTraced
+}
+
+// shortPropagator takes nothing from a call that is longer than maxTraced.
+type shortPropagator struct{ propagation.TextMapPropagator }
+
+// Extract implements propagation.TextMapPropagator.
+func (p shortPropagator) Extract(ctx context.Context, carrier propagation.TextMapCarrier) context.Context {
+	return p.TextMapPropagator.Extract(ctx, shortCarrier{carrier})
+}
+
+// shortCarrier has no long values.
+type shortCarrier struct{ propagation.TextMapCarrier }
+
+// Get implements propagation.TextMapCarrier.
+func (c shortCarrier) Get(key string) string {
+	if value := c.TextMapCarrier.Get(key); len(value) <= maxTraced {
+		return value
+	}
+	return ""
+}
 
 // traced is a handler of requests that are traced, if any are. It must be in front of all that should know of the trace.
 func (s *Server) traced(next http.Handler) http.Handler {
@@ -51,7 +88,7 @@ func (s *Server) traced(next http.Handler) http.Handler {
 		otelhttp.WithMeterProvider(noop.NewMeterProvider()),
 		otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return spanName(r.Method, r.Pattern) }))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if isGRPC(r) || slices.Contains(probes, r.URL.Path) {
+		if isGRPC(r) || slices.Contains(probes, r.URL.Path) || !traceable(r) {
 			next.ServeHTTP(w, r)
 			return
 		}
@@ -99,7 +136,7 @@ func (s *Server) traceCalls() []grpc.ServerOption {
 	}
 	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(
 		otelgrpc.WithTracerProvider(traces.Provider),
-		otelgrpc.WithPropagators(traces.Propagator),
+		otelgrpc.WithPropagators(shortPropagator{traces.Propagator}),
 		otelgrpc.WithMeterProvider(noop.NewMeterProvider()),
 		// Not those that say whether the server works, nor those that there are not, whose names are the client's.
 		otelgrpc.WithFilter(func(info *stats.RPCTagInfo) bool { return actions[info.FullMethodName] > 0 })))}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"go.opentelemetry.io/otel/codes"
@@ -18,7 +19,10 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
+	grpccodes "google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
 	"github.com/polykit/polykit-cache/internal/cache"
@@ -83,6 +87,8 @@ func TestServerSpans(t *testing.T) {
 		{rest: &restRequest{method: "BREW", target: artifactPath}, want: "HTTP /v1/artifacts/{cache_key} METHOD_NOT_ALLOWED"},
 		{rest: &restRequest{method: "GET", target: "/nothing"}, want: "GET NOT_FOUND"},
 		{rest: &restRequest{method: "BREW", target: "/nothing"}, want: "HTTP NOT_FOUND"},
+		{rest: &restRequest{method: "GET", target: artifactPath + "?" + strings.Repeat("x", 5000)}}, // or the span would keep it
+		{rest: &restRequest{method: "GET", target: artifactPath, header: map[string]string{"User-Agent": strings.Repeat("x", 5000)}}},
 		{rest: &restRequest{method: "GET", target: "/healthz"}},
 		{rest: &restRequest{method: "GET", target: "/readyz"}},
 		{rest: get(keyA), faults: cachetest.Faults{Open: trouble}, want: "GET /v1/artifacts/{cache_key} INTERNAL!"},
@@ -129,6 +135,9 @@ func TestServerSpans(t *testing.T) {
 				request, err := http.NewRequestWithContext(ctx, c.method, s.url+c.target, bytes.NewReader(c.body))
 				if err != nil {
 					t.Fatal(err)
+				}
+				for name, value := range c.header {
+					request.Header.Set(name, value)
 				}
 				request.Close = true // or one that is cut might be sent again
 				if response, err := transport.RoundTrip(request); err == nil {
@@ -217,6 +226,32 @@ func TestTracesOffCostNothing(t *testing.T) {
 		}
 		if n := testing.AllocsPerRun(1000, func() { fault(t.Context()) }); n > 0 {
 			t.Errorf("traces are %s: a request that failed and is not traced allocates %v", name, n)
+		}
+	}
+}
+
+// TestTraceStateIsBounded has calls say which trace they are part of, and much more.
+func TestTraceStateIsBounded(t *testing.T) {
+	const parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	for _, m := range grpcMouths() {
+		spans := tracetest.NewSpanRecorder()
+		s := startServer(t, setup{tls: m.tls, change: func(c *server.Config) { c.Traces = newTraces(spans) }})
+		conn := m.grpc(t, s)
+		for state, want := range map[string]string{"a=b": "a=b", "a=b," + strings.Repeat(" ", 5000) + "c=d": ""} {
+			ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", parent, "tracestate", state)
+			if err := callOf(stat(keyA))(ctx, conn); status.Code(err) != grpccodes.NotFound {
+				t.Errorf("%s: %v", m.name, err)
+			}
+			var ended []sdktrace.ReadOnlySpan
+			waitUntil(t, "the span has ended", func() bool {
+				ended = spans.Ended()
+				return len(ended) > 0
+			})
+			about := ended[0].SpanContext()
+			if about.TraceID().String() != parent[3:35] || about.TraceState().String() != want {
+				t.Errorf("%s: of a state of %d bytes the span %s has %q; want %q", m.name, len(state), about.TraceID(), about.TraceState(), want)
+			}
+			spans.Reset()
 		}
 	}
 }
