@@ -4,10 +4,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -16,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/polykit/polykit-cache/internal/auth"
 	"github.com/polykit/polykit-cache/internal/cachetest"
@@ -258,4 +262,49 @@ func TestAdmin(t *testing.T) {
 	o.asks(t, "GET", "http://"+o.address+"/debug/pprof/", bearer(operatorToken), nil, 404)
 	check(t, o.Process.Signal(syscall.SIGTERM))
 	o.ends(t)
+}
+
+// TestAdminWaitsForNobody has clients of the admin address send half of a request, and not take answers.
+func TestAdminWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	log, level := newLog(io.Discard, "text", "info")
+	a, err := newAdmin("127.0.0.1:0", log)
+	check(t, err)
+	a.timeout = 100 * time.Millisecond
+	mux := http.NewServeMux()
+	mux.Handle("/log-level", level)
+	mux.HandleFunc("/large", func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, mebi)) })
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		a.serve(ctx, mux)
+	}()
+	defer func() {
+		stop()
+		<-ended
+	}()
+	for name, text := range map[string]string{
+		"a body that does not come":         "PUT /log-level HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n",
+		"a body that nobody reads":          "PUT /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n",
+		"answers that the client leaves":    strings.Repeat("GET /large HTTP/1.1\r\nHost: a\r\n\r\n", 1_000),
+		"a header that does not come whole": "GET /log-level HTTP/1.1\r\nHost:",
+	} {
+		conn, err := net.Dial("tcp", a.listener.Addr().String())
+		check(t, err)
+		defer conn.Close()
+		check(t, conn.SetDeadline(time.Now().Add(time.Minute))) // or a server that waits would not be noticed
+		if strings.HasPrefix(text, "GET /large") {
+			for err == nil { // until the connection is cut
+				_, err = io.WriteString(conn, text)
+			}
+		} else {
+			_, err = io.WriteString(conn, text)
+			check(t, err)
+			_, err = io.Copy(io.Discard, conn) // until the connection is closed
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: the server waits", name)
+		}
+	}
 }
