@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -9,10 +10,13 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	cachev1 "github.com/polykit/polykit-cache/gen/polykit/cache/v1"
+	"github.com/polykit/polykit-cache/internal/cache"
 	"github.com/polykit/polykit-cache/internal/cachetest"
 )
 
@@ -157,6 +161,60 @@ func TestWhatLooksLikeACallIsRecorded(t *testing.T) {
 		request.Header.Set("Content-Type", test.contentType)
 		if line := s.ask(t, transport, request, id); !strings.Contains(line.text, test.want) {
 			t.Errorf("%s: %s", id, line.text)
+		}
+	}
+}
+
+// TestLevelsOfRequests says how much somebody should care of each way in which an upload ends.
+func TestLevelsOfRequests(t *testing.T) {
+	memory := &cachetest.Memory{}
+	s := startServer(t, setup{store: memory, maxSize: 10_000})
+	transport := newTransport(t, 1)
+	for id, test := range map[string]struct {
+		fault error
+		body  []byte
+		want  slog.Level
+	}{
+		"sound":     {nil, artifactA, slog.LevelInfo},
+		"unsound":   {nil, []byte("x"), slog.LevelInfo},
+		"too-large": {nil, make([]byte, 10_001), slog.LevelInfo},
+		"exists":    {cache.ErrExists, artifactA, slog.LevelDebug},
+		"no-space":  {cache.ErrNoSpace, artifactA, slog.LevelWarn},
+		"busy":      {cache.ErrOverloaded, artifactA, slog.LevelWarn},
+		"trouble":   {errors.New("trouble"), artifactA, slog.LevelError},
+	} {
+		memory.Fail(cachetest.Faults{Create: test.fault})
+		key := cachetest.Key(id).String()
+		if id == "sound" {
+			key = keyA
+		}
+		request, err := http.NewRequest("PUT", s.url+"/v1/artifacts/"+key, bytes.NewReader(test.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if line := s.ask(t, transport, request, id); line.level != test.want {
+			t.Errorf("%s: the level is %v; want %v: %s", id, line.level, test.want, line.text)
+		}
+	}
+}
+
+// TestIDsOfCalls has calls answered and logged with the ids that their clients gave them.
+func TestIDsOfCalls(t *testing.T) {
+	for i, m := range grpcMouths() {
+		s := startServer(t, setup{tls: m.tls})
+		conn, ok := m.grpc(t, s).(*grpc.ClientConn)
+		if !ok {
+			continue // which does not tell the header
+		}
+		for _, method := range []string{"StatArtifact", "Brew"} {
+			var header metadata.MD
+			id := fmt.Sprint(method, "-", i)
+			ctx := metadata.AppendToOutgoingContext(t.Context(), "x-request-id", id)
+			conn.Invoke(ctx, "/polykit.cache.v1.ArtifactService/"+method, &cachev1.StatArtifactRequest{}, &cachev1.StatArtifactResponse{}, grpc.Header(&header))
+			if got := header.Get("x-request-id"); len(got) != 1 || got[0] != id {
+				t.Errorf("%s: the header of the answer to %s has the request id %q", m.name, method, got)
+			}
+			waitUntil(t, "the log has call "+id, func() bool { return len(s.log.find(slog.LevelDebug, " request_id="+id)) == 1 })
 		}
 	}
 }
