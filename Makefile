@@ -27,12 +27,12 @@ TESTED := ./internal/server ./cmd/polykit-cache ./...
 .PHONY: test
 test: ## Run all tests, with the race detector where there is a C compiler
 	@if [ "$$(go env CGO_ENABLED)" = 1 ]; then \
-		set -x; go test -race $(TESTED); \
+		set -x; go test -timeout=20m -race $(TESTED); \
 	elif [ "$$CI" = true ]; then \
 		echo "make test: the race detector needs a C compiler, and in CI it is not optional: install gcc" >&2; exit 1; \
 	else \
 		echo "make test: no C compiler, so WITHOUT the race detector; install gcc to have it" >&2; \
-		set -x; go test $(TESTED); \
+		set -x; go test -timeout=20m $(TESTED); \
 	fi
 
 .PHONY: torture
