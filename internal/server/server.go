@@ -216,23 +216,26 @@ func (s *Server) track(next http.Handler) http.Handler {
 		paced := s.paceRequest(w, r)
 		defer paced.handled(r)
 		if !isGRPC(r) { // which is recorded where both gRPC servers are one
-			s.record(paced, r)
+			r = s.record(paced, r)
 			defer paced.record.end(r.Context())
 		}
 		next.ServeHTTP(paced, r)
 	})
 }
 
-// record begins the record of a request that w answers.
-func (s *Server) record(w *pacedWriter, r *http.Request) {
+// record begins the record of a request that w answers, and returns the request of which it counts the body.
+func (s *Server) record(w *pacedWriter, r *http.Request) *http.Request {
 	w.record = s.begin(protocolREST, r.Header.Get(requestIDHeader))
 	setHeaders(w, requestIDHeader, w.record.id)
 	w.record.request = [2]string{r.Method, r.URL.Path}
 	w.record.remote, w.record.proxies = r.RemoteAddr, r.Header["X-Forwarded-For"]
-	if r.Body != http.NoBody {
-		r.Body = &recordedBody{r.Body, &w.record}
-	}
 	w.record.began(r.Context())
+	if r.Body == http.NoBody {
+		return r
+	}
+	recorded := r.WithContext(r.Context()) // net/http looks at the body of its own, for whether it was asked for
+	recorded.Body = &recordedBody{r.Body, &w.record}
+	return recorded
 }
 
 // requestDone says that a request in flight has ended.
