@@ -215,11 +215,14 @@ func (s *Server) track(next http.Handler) http.Handler {
 		}
 		paced := s.paceRequest(w, r)
 		defer paced.handled(r)
-		if !isGRPC(r) { // which is recorded where both gRPC servers are one
-			r = s.record(paced, r)
-			defer paced.record.end(r.Context())
+		if isGRPC(r) { // which is recorded where both gRPC servers are one
+			next.ServeHTTP(paced, r)
+			return
 		}
-		next.ServeHTTP(paced, r)
+		recorded := s.record(paced, r)
+		defer paced.record.end(r.Context())
+		defer func() { r.Pattern = recorded.Pattern }() // which names the span
+		next.ServeHTTP(paced, recorded)
 	})
 }
 
