@@ -48,6 +48,7 @@ func TestTable(t *testing.T) {
 		`GET 2\.9 MiB, 4 connections +\| speed +\| N GB/s +\| N GB/s, nginx +\| N +\| ≥ 0\.95`,
 		`\| +\| CPU per GB +\| N s +\| N s, nginx +\| (N|NaN|\+Inf) +\| ≤ 1\.15`,
 		`GET 4 KiB, 16 connections +\| speed +\| N/s +\| N/s, nginx +\| N +\| ≥ 0\.45`,
+		`GET 4 KiB with a token, 16 connections +\| speed +\| N/s +\| N/s, no auth file +\| N +\| `,
 		`HEAD, 16 connections +\| speed +\| N/s +\| N/s, nginx +\| N +\| ≥ 0\.45`,
 		`GET of a missing key, 16 connections +\| speed +\| N/s +\| N/s, nginx +\| N +\| ≥ 0\.45`,
 		`PUT 2\.9 MiB, incompressible, 1 connection +\| speed +\| N GB/s +\| N GB/s, floor of verification +\| N +\| ≥ 1\.00`,

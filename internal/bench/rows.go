@@ -246,7 +246,7 @@ func (b *bench) besideREST(ctx context.Context) ([]line, error) {
 
 // besideOpen compares a server that asks who its clients are with one that does not.
 func (b *bench) besideOpen(ctx context.Context, work string, config load.Config) (lines []line, err error) {
-	dir, open, l, err := b.prepared(ctx, config)
+	dir, open, anybody, err := b.prepared(ctx, config)
 	if err != nil {
 		return nil, err
 	}
@@ -257,12 +257,12 @@ func (b *bench) besideOpen(ctx context.Context, work string, config load.Config)
 		return nil, err
 	}
 	config.Server = &url.URL{User: url.UserPassword("x", token)}
-	dir, guarded, _, err := b.prepared(ctx, config, "--auth-file", file)
+	dir, guarded, known, err := b.prepared(ctx, config, "--auth-file", file)
 	if err != nil {
 		return nil, err
 	}
 	defer b.end(&err, guarded, dir)
-	all, err := b.turns(ctx, b.loaded(guarded, l, perOperation, 0), b.loaded(open, l, perOperation, 0))
+	all, err := b.turns(ctx, b.loaded(guarded, known, perOperation, 0), b.loaded(open, anybody, perOperation, 0))
 	if err != nil {
 		return nil, err
 	}
