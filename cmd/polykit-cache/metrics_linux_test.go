@@ -107,7 +107,7 @@ func readRules(t *testing.T) (all []rule) {
 // startMeasured starts a server that can be scraped, and returns what makes happen what there are metrics of.
 func startMeasured(t *testing.T) (o *operated, use func()) {
 	t.Helper()
-	o = startOperated(t, "--max-storage=8MiB")
+	o = startOperated(t, "--max-storage=8MiB", "--scrub-interval=1s")
 	at := func(name string) string {
 		return "http://" + o.address + "/v1/artifacts/" + cachetest.Key(name).String()
 	}
@@ -172,7 +172,7 @@ func TestDashboard(t *testing.T) {
 	o, use := startMeasured(t)
 	use()
 	text := ""
-	for !strings.Contains(text, "polykit_cache_last_scrub_timestamp_seconds") { // the first scrub begins beside all else
+	for !strings.Contains(text, "polykit_cache_last_scrub_timestamp_seconds") { // the first scrub takes its time
 		text, _ = o.asks(t, "GET", o.admin+"/metrics", nil, nil, 200)
 	}
 	there := map[string]bool{}

@@ -122,7 +122,15 @@ func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, inte
 	if _, err := os.ReadDir(s.dir); err != nil {
 		return err
 	}
+	due := func(number int) time.Duration {
+		return time.Until(time.Unix(0, pass.StartedAt).Add(time.Duration(float64(interval) * float64(number) / shardCount)))
+	}
 	for outer := pass.Next >> 8; outer < 1<<8; outer++ {
+		// Before it is known what is there, or what is stored until then would be passed over, and a store that is
+		// empty would be done with at each start.
+		if !sleep(ctx, due(outer<<8)) {
+			return ctx.Err()
+		}
 		shards, err := s.shardsOfAll(fmt.Sprintf("%02x", outer))
 		if err != nil {
 			s.log.Error("could not scrub a directory", "path", filepath.Join(ownDir, scopesDir), "error", err)
@@ -132,8 +140,7 @@ func (s *Store) scrubRest(ctx context.Context, a *auditor, pass *scrubPass, inte
 			if number < pass.Next {
 				continue
 			}
-			due := time.Unix(0, pass.StartedAt).Add(time.Duration(float64(interval) * float64(number) / shardCount))
-			if !sleep(ctx, time.Until(due)) {
+			if !sleep(ctx, due(number)) {
 				return ctx.Err()
 			}
 			err := shard.store.scrubShard(ctx, a, shard.path, pass)
@@ -243,6 +250,9 @@ func (s *Store) readScrubPass(interval time.Duration) scrubPass {
 	now := time.Now().UnixNano()
 	if err == nil && pass.StartedAt <= now+int64(interval) && pass.Next >= 0 && pass.Next <= shardCount {
 		return pass
+	}
+	if err == nil {
+		err = errors.New("no scrub can be there")
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		s.log.Warn("it is not known how far the scrub was; it begins anew", "path", s.scrubPath(), "error", err)

@@ -272,6 +272,30 @@ func TestScrubRate(t *testing.T) {
 	})
 }
 
+// TestScrubOfAnEmptyStore stops a scrub of nothing again and again. It is not through with it, so that what is then
+// stored in a part that comes later is read in the same pass.
+func TestScrubOfAnEmptyStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := open(t, t.TempDir())
+		config := disk.ScrubConfig{Interval: month, Rate: 1 << 30}
+		for range 3 {
+			r.scrub(t, config)()
+			time.Sleep(time.Hour)
+		}
+		if strings.Contains(r.log.String(), "it is not known how far the scrub was") {
+			t.Errorf("a restart forgets how far it was: %s", r.log)
+		}
+		r.scrub(t, config)
+		key := keyAt(0.5)
+		content := cachetest.Random(key, 1000)
+		r.put(t, key, content)
+		change(t, r.zst(key), flipBit)
+		time.Sleep(month / 2)
+		synctest.Wait()
+		r.lacks(t, key)
+	})
+}
+
 // TestScrubPassIsTorn has a file that should say how far the scrub is, and does not.
 func TestScrubPassIsTorn(t *testing.T) {
 	for name, text := range map[string]string{
