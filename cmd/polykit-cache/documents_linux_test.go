@@ -154,11 +154,12 @@ func runDocumented(t *testing.T, document string, commands []command) {
 set -e -o pipefail
 curl() { command curl --silent --show-error --fail "$@"; }
 serves() {
-	coproc exec polykit-cache --port 0 --storage-dir "$HOME/other-store" "$@"
-	local server=$COPROC_PID
-	while read -r line <&"${COPROC[0]}"; do
+	[ -p log ] || mkfifo log
+	polykit-cache --port 0 --storage-dir other-store "$@" >log &
+	local server=$!
+	while read -r line; do
 		case $line in *msg=listening*) kill -TERM "$server" ;; esac
-	done
+	done <log
 	wait "$server"
 }
 set -v
