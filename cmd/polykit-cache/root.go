@@ -14,10 +14,11 @@ verify, import, auth, token, config and completion, which need none:
 
   put, get, stat, files                     upload and download artifacts, and look into them
   list, stats, missing, quarantine          see what is stored
-  delete, pin, unpin, gc                    change it
+  delete, pin, unpin, promote, gc           change it
   import                                    take artifacts over from elsewhere
   auth, token                               say who may do what, and make tokens
   config                                    print the settings that a server would have
+  healthcheck, bench                        say whether a server is ready, and how fast it is
 
 A flag whose help names a variable can be set in the environment too; a flag on the command line wins.
 Those of the server can also stand in a file, --config, over which both win; see config --help.

@@ -40,7 +40,7 @@ password of HTTP Basic with any user name, as in https://x:TOKEN@cache.example.c
 With --json it prints one object on standard output, with token, name, sha256, role and scope.`
 
 const tokenNewExample = `  polykit-cache token new --name ci --role writer
-  polykit-cache token new --name laptops --role reader > token 2>> auth.yaml
+  polykit-cache token new --name laptops --role reader > token
   polykit-cache token new --json | jq -r .sha256`
 
 func tokenNewCommand() *cobra.Command {
