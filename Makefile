@@ -102,7 +102,7 @@ packages: export ARCH = $(or $(GOARCH),$(shell go env GOARCH))
 packages: export DIST = dist
 packages: export STAGE = bin/package-$(ARCH)
 packages: ## Build a Debian package and an rpm into dist/, for this architecture (or GOARCH=arm64)
-	mkdir -p "$$STAGE"
+	mkdir -p "$$STAGE" "$$DIST"
 	CGO_ENABLED=0 GOOS=linux GOARCH=$$ARCH go build -trimpath -o "$$STAGE/polykit-cache" ./cmd/polykit-cache
 	for shell in bash zsh fish; do \
 		env -u GOARCH CGO_ENABLED=0 go run -trimpath ./cmd/polykit-cache completion $$shell >"$$STAGE/$$shell" || exit; \

@@ -14,8 +14,8 @@ func TestPackages(t *testing.T) {
 	for _, name := range []string{"make", "dpkg-deb", "rpm"} {
 		output(t, name, "--version") // or it is skipped before anything is built
 	}
-	dist := t.TempDir()
-	output(t, "make", "-C", "../..", "packages", "DIST="+dist, "STAGE="+filepath.Join(dist, "stage"))
+	dist := filepath.Join(t.TempDir(), "dist") // which is not there yet, as after a checkout
+	output(t, "make", "-C", "../..", "packages", "DIST="+dist, "STAGE="+filepath.Join(t.TempDir(), "stage"))
 	one := func(pattern string) string {
 		t.Helper()
 		found, err := filepath.Glob(filepath.Join(dist, pattern))
