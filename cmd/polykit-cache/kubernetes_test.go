@@ -396,15 +396,7 @@ func TestKubernetesServer(t *testing.T) {
 	}
 	p, err := spawn("polykit-cache", env, args...)
 	check(t, err)
-	p.listen()
-	t.Cleanup(func() {
-		p.Process.Kill()
-		<-p.ended
-	})
-	if p.address == "" {
-		<-p.ended
-		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
-	}
+	p.started(t)
 	for name, probe := range map[string]probe{"startup": c.StartupProbe, "liveness": c.LivenessProbe, "readiness": c.ReadinessProbe} {
 		response, err := http.Get("http://" + p.address + probe.HTTPGet.Path)
 		check(t, err)

@@ -81,6 +81,20 @@ func readAddress(log io.Reader) (string, <-chan string) {
 	return address, all
 }
 
+// started waits until the program listens, and kills it when the test ends, if it still runs then.
+func (p *process) started(t *testing.T) {
+	t.Helper()
+	p.listen()
+	t.Cleanup(func() {
+		p.Process.Kill()
+		<-p.ended
+	})
+	if p.address == "" {
+		<-p.ended
+		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
+	}
+}
+
 // startProgram starts a program as a server that is killed when the test ends, if it still runs then.
 func startProgram(t *testing.T, name, dir string, args ...string) *process {
 	t.Helper()
@@ -95,15 +109,7 @@ func startProgramTo(t *testing.T, stderr *os.File, name, dir string, args ...str
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.listen()
-	t.Cleanup(func() {
-		p.Process.Kill()
-		<-p.ended
-	})
-	if p.address == "" {
-		<-p.ended
-		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
-	}
+	p.started(t)
 	return p
 }
 
@@ -115,15 +121,7 @@ func startIn(t *testing.T, env []string, args ...string) (address, log string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.listen()
-	t.Cleanup(func() {
-		p.Process.Kill()
-		<-p.ended
-	})
-	if p.address == "" {
-		<-p.ended
-		t.Fatalf("the server does not listen: %s%s", p.log, &p.stderr)
-	}
+	p.started(t)
 	if status, _, stderr := polykit(t, "healthcheck", "--server", "http://"+p.address); status != 0 {
 		t.Errorf("healthcheck: exit status %d: %s", status, stderr)
 	}
