@@ -27,15 +27,20 @@ func ParseKey(s string) (Key, error) {
 		return Key{}, fmt.Errorf("%w: it has %d characters; a key has %d to %d hexadecimal digits",
 			ErrInvalidKey, len(s), minKeyDigits, MaxKeyDigits)
 	}
+	upper := false
 	for i := range len(s) {
 		c := s[i]
+		upper = upper || 'A' <= c && c <= 'F'
 		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F') {
 			return Key{}, fmt.Errorf("%w: character %d is %q; a key has %d to %d hexadecimal digits",
 				ErrInvalidKey, i+1, c, minKeyDigits, MaxKeyDigits)
 		}
 	}
 	// A copy, for s may be a part of a much longer text, and keys are kept for long.
-	return Key{strings.Clone(strings.ToLower(s))}, nil
+	if upper {
+		return Key{strings.Clone(strings.ToLower(s))}, nil
+	}
+	return Key{strings.Clone(s)}, nil
 }
 
 // String returns the key's digits, lower-case.
@@ -57,4 +62,8 @@ func ParseDigest(s string) (Digest, error) {
 }
 
 // String returns the digest as 64 lower-case hexadecimal digits.
-func (d Digest) String() string { return hex.EncodeToString(d[:]) }
+func (d Digest) String() string {
+	var digits [2 * len(d)]byte
+	hex.Encode(digits[:], d[:])
+	return string(digits[:])
+}

@@ -72,8 +72,8 @@ func (s *Server) headArtifact(w http.ResponseWriter, r *http.Request) {
 // serveContent answers with the headers of an artifact and, unless the method is HEAD, its content,
 // as ranges and preconditions (RFC 9110, sections 13 and 14) ask for.
 func (s *Server) serveContent(w http.ResponseWriter, r *http.Request, info artifact.Info, content io.ReadSeeker) {
-	hash := info.Hash.String()
-	setHeaders(w, "Content-Type", "application/zstd", "X-Artifact-Hash", hash, "Etag", `"`+hash+`"`)
+	etag := `"` + info.Hash.String() + `"`
+	setHeaders(w, "Content-Type", "application/zstd", "X-Artifact-Hash", etag[1:len(etag)-1], "Etag", etag)
 	d := &download{ResponseWriter: w}
 	if asksForWhole(r) {
 		d.sendWhole(r, info, content)
