@@ -60,7 +60,7 @@ func TestTable(t *testing.T) {
 		`PutArtifact 2\.9 MiB, 1 stream +\| speed +\| N GB/s +\| N GB/s, REST +\| N +\| `,
 		`8 clients put and get 4\.8 MiB each over REST +\| peak resident +\| N MiB +\| +\| +\| ≤ 256 MiB`,
 		`8 clients put and get 4\.8 MiB each over gRPC +\| peak resident +\| N MiB +\| +\| +\| ≤ 256 MiB`,
-		`nothing +\| resident +\| N MiB +\| +\| +\| ≤ 32 MiB +\| reached`,
+		`nothing +\| resident +\| N MiB +\| +\| +\| ≤ 32 MiB`,
 		`50 idle connections, after a GET of 4 KiB on each +\| resident +\| N MiB`,
 		`300 artifacts of 1 KiB stored +\| start until it listens, slowest +\| N s +\| +\| +\| ≤ 1 s`,
 		`GET p50 of 300 of them +\| N.?s +\| N.?s, empty store +\| N +\| ≤ 1\.20`,
