@@ -1,11 +1,13 @@
 # Tools are pinned, each group in a module file of its own so that what they need stays out of
 # go.mod. They are built from the module cache when they are first used; nothing is installed.
 # To move one to another version: go get -modfile=.tools/X.mod -tool PACKAGE@VERSION
-BUF         := go tool -modfile=.tools/buf.mod buf
-STATICCHECK := go tool -n -modfile=.tools/lint.mod staticcheck
-NFPM        := go tool -modfile=.tools/nfpm.mod nfpm
-PLATFORMS   := go run -modfile=.tools/platforms.mod ./.tools/platforms
-COMPOSE     := go run -modfile=.tools/compose.mod ./.tools/compose
+# They are compiled as the binary itself is, so that what both need is compiled once.
+AS_BUILT    := CGO_ENABLED=0 GOFLAGS="$(shell go env GOFLAGS) -trimpath"
+BUF         := $(AS_BUILT) go tool -modfile=.tools/buf.mod buf
+STATICCHECK := $(AS_BUILT) go tool -n -modfile=.tools/lint.mod staticcheck
+NFPM        := $(AS_BUILT) go tool -modfile=.tools/nfpm.mod nfpm
+PLATFORMS   := $(AS_BUILT) go run -modfile=.tools/platforms.mod ./.tools/platforms
+COMPOSE     := $(AS_BUILT) go run -modfile=.tools/compose.mod ./.tools/compose
 
 .PHONY: help
 help: ## Say what there is to make (the default)

@@ -173,8 +173,10 @@ func (r *release) buildFor(ctx context.Context, platform, work, out string) erro
 	if err != nil {
 		return err
 	}
-	// Without a serial number and the time, which would be others each time.
-	_, err = r.command(ctx, nil, "go", "tool", "-modfile=.tools/sbom.mod", "cyclonedx-gomod", "bin", "-json", "-std", "-noserial", "-notimestamp",
+	// The tool is compiled as the binary is, so that what both need is compiled once. Without a serial number and the
+	// time, which would be others each time.
+	env = []string{"CGO_ENABLED=0", "GOFLAGS=" + os.Getenv("GOFLAGS") + " -trimpath"}
+	_, err = r.command(ctx, env, "go", "tool", "-modfile=.tools/sbom.mod", "cyclonedx-gomod", "bin", "-json", "-std", "-noserial", "-notimestamp",
 		"-version", r.version, "-output", filepath.Join(out, name+".cdx.json"), binary)
 	return err
 }

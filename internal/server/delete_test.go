@@ -157,31 +157,27 @@ func TestDeleteOfWhatIsGone(t *testing.T) {
 
 // TestDeleteMany deletes more than one call does, and lists more than one page has.
 func TestDeleteMany(t *testing.T) {
-	for name := range askers(nil) {
-		t.Run(name, func(t *testing.T) {
-			const n = 10_500
-			s := startServer(t, setup{managed: true, change: func(config *server.Config) {
-				config.Management.Storage = pretending{config.Management.Storage.(*disk.Store), config.Management.Index}
-			}})
-			for i := range n {
-				key := cachetest.Key(fmt.Sprint(i))
-				s.index.Stored(cache.Stored{Info: artifact.Info{Key: key, Size: 1, StoredAt: time.Unix(1_700_000_000, 0)}, DiskSize: 4096})
-			}
-			ask := askers(s)[name](t)
-			list := mustAsk(t, ask, method{"ListArtifacts", &cachev1.ListArtifactsRequest{PageSize: 5000}, "GET", "/v1/artifacts?page_size=5000"}, &cachev1.ListArtifactsResponse{})
-			if len(list.GetArtifacts()) != 1000 || list.GetNextPageToken() == "" {
-				t.Errorf("a page has %d artifacts", len(list.GetArtifacts()))
-			}
-			for _, want := range []struct {
-				deleted int64
-				more    bool
-			}{{10_000, true}, {500, false}} {
-				deleted := mustAsk(t, ask, deleteAll, &cachev1.DeleteArtifactsResponse{})
-				if r := deleted.GetRemovals(); deleted.GetMore() != want.more || len(r) != 1 || r[0].GetArtifactCount() != want.deleted || r[0].GetDiskSize() != 4096*want.deleted {
-					t.Errorf("deleted is %v, want %v", deleted, want)
-				}
-			}
-		})
+	const n = 10_500
+	s := startServer(t, setup{managed: true, change: func(config *server.Config) {
+		config.Management.Storage = pretending{config.Management.Storage.(*disk.Store), config.Management.Index}
+	}})
+	for i := range n {
+		key := cachetest.Key(fmt.Sprint(i))
+		s.index.Stored(cache.Stored{Info: artifact.Info{Key: key, Size: 1, StoredAt: time.Unix(1_700_000_000, 0)}, DiskSize: 4096})
+	}
+	ask := askers(s)["REST"](t)
+	list := mustAsk(t, ask, method{"ListArtifacts", &cachev1.ListArtifactsRequest{PageSize: 5000}, "GET", "/v1/artifacts?page_size=5000"}, &cachev1.ListArtifactsResponse{})
+	if len(list.GetArtifacts()) != 1000 || list.GetNextPageToken() == "" {
+		t.Errorf("a page has %d artifacts", len(list.GetArtifacts()))
+	}
+	for _, want := range []struct {
+		deleted int64
+		more    bool
+	}{{10_000, true}, {500, false}} {
+		deleted := mustAsk(t, ask, deleteAll, &cachev1.DeleteArtifactsResponse{})
+		if r := deleted.GetRemovals(); deleted.GetMore() != want.more || len(r) != 1 || r[0].GetArtifactCount() != want.deleted || r[0].GetDiskSize() != 4096*want.deleted {
+			t.Errorf("deleted is %v, want %v", deleted, want)
+		}
 	}
 }
 
