@@ -1,10 +1,10 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -20,10 +20,9 @@ const healthcheckLong = `healthcheck asks the server whether it is ready to take
 grpc.health.v1. The exit status is 0 if it is, else 1 and the error says why.
 
 It is made for a container's HEALTHCHECK, where there may be no other program that could ask. If
---server is not given, it asks the server that the environment sets up: at the address and port of
-POLYKIT_CACHE_BIND and POLYKIT_CACHE_PORT_NUMBER, and over TLS if there is a
-POLYKIT_CACHE_TLS_CERT, which is then the certificate that it trusts. A server that has these from
-its command line can't be found like that: name it with --server.`
+--server is not given, it asks the server that the environment and --config set up, by its bind,
+port and tls-cert, which is then the certificate that it trusts. A server that has these from its
+command line can't be found like that: name it with --server.`
 
 const healthcheckExample = `  polykit-cache healthcheck
   polykit-cache healthcheck --server https://cache.example.com --grpc --timeout 1s`
@@ -65,25 +64,35 @@ func healthcheckCommand() *cobra.Command {
 		},
 	}
 	flags.add(cmd.Flags())
+	addConfig(cmd.Flags())
 	cmd.Flags().DurationVar(&timeout, "timeout", 5*time.Second, "time in which the server must answer")
 	return cmd
 }
 
-// find sets --server to the server that the environment sets up, and what TLS needs to trust it, if that is not given.
+// find sets --server to the server that the environment and the configuration file set up, and what TLS needs to trust
+// it, if that is not given.
 func (r *remoteFlags) find(given *pflag.FlagSet) error {
-	host := cmp.Or(os.Getenv(environmentName("bind")), "127.0.0.1")
+	settings := serverSettings()
+	if config := given.Lookup("config").Value.String(); config != "" {
+		settings.Set("config", config)
+	}
+	if err := errors.Join(setFromEnvironment(settings), setFromFile(settings)); err != nil {
+		return err
+	}
+	setting := func(name string) string { return settings.Lookup(name).Value.String() }
+	host := setting("bind")
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
 		host = "127.0.0.1"
 		if ip.To4() == nil {
 			host = "::1"
 		}
 	}
-	address := url.URL{Scheme: "http", Host: net.JoinHostPort(host, cmp.Or(os.Getenv(environmentName("port")), "8080"))}
-	if file := os.Getenv(environmentName("tls-cert")); file != "" {
+	address := url.URL{Scheme: "http", Host: net.JoinHostPort(host, setting("port"))}
+	if file := setting("tls-cert"); file != "" {
 		address.Scheme = "https"
 		name, err := certifiedName(file)
 		if err != nil {
-			return fmt.Errorf("%s: %w", environmentName("tls-cert"), err)
+			return fmt.Errorf("the server's tls-cert: %w", err)
 		}
 		if !given.Changed("tls-server-name") {
 			r.tls.serverName = name
