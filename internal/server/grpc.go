@@ -5,7 +5,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
-	"runtime/debug"
 	"sort"
 	"time"
 
@@ -103,7 +102,8 @@ func (s *Server) call(method string, stream grpc.ServerStream, handle func(grpc.
 	defer func() {
 		// Unlike net/http, gRPC lets a panic end the process.
 		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			rec.panicked(p)
+			err = rec.fault.grpcStatus().Err()
 		}
 		// An error that is a status is gRPC's own; one that wraps a status is not.
 		if _, isStatus := err.(interface{ GRPCStatus() *status.Status }); err != nil && !isStatus {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -108,6 +109,12 @@ func (rec *record) failed(f fault, err error) {
 	if rec.err == nil {
 		rec.fault, rec.err = f, err
 	}
+}
+
+// panicked says that a request ended with a panic. That counts whatever went wrong before, which is told too.
+func (rec *record) panicked(p any) {
+	err := fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+	rec.fault, rec.err = internal, errors.Join(err, rec.err)
 }
 
 // answering says that the first byte of the answer is on its way.

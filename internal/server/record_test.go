@@ -1,9 +1,13 @@
 package server
 
 import (
+	"errors"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/polykit/polykit-cache/internal/cache"
 )
 
 // TestClientOf says whom a request comes from, by where it came from and by what proxies say.
@@ -59,5 +63,19 @@ func TestRequestIDs(t *testing.T) {
 	}
 	if one, two := newRequestID(), newRequestID(); one == two || !isRequestID(one) {
 		t.Errorf("the server's own are %q and %q", one, two)
+	}
+}
+
+// TestPanicCounts has a request panic after it failed with what nobody need look at.
+func TestPanicCounts(t *testing.T) {
+	miss := record{}
+	miss.failed(faultOf(cache.ErrNotFound), cache.ErrNotFound)
+	later := miss
+	later.panicked("oh no")
+	if miss.level() != slog.LevelDebug || later.level() != slog.LevelError {
+		t.Errorf("levels are %v and %v", miss.level(), later.level())
+	}
+	if text := later.err.Error(); !strings.HasPrefix(text, "panic: oh no\n") || !strings.Contains(text, "record_test.go") || !errors.Is(later.err, cache.ErrNotFound) {
+		t.Errorf("the error is %s", text)
 	}
 }

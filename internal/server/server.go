@@ -29,12 +29,10 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -185,7 +183,7 @@ func (s *Server) split(rest http.Handler) http.Handler {
 		defer func() {
 			if p := recover(); p != nil {
 				if p != http.ErrAbortHandler {
-					recordOf(w).failed(internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+					recordOf(w).panicked(p)
 				}
 				panic(http.ErrAbortHandler) // the answer may have begun, so all that is left is to cut it
 			}
