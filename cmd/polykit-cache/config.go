@@ -32,7 +32,8 @@ written as on the command line, and those of flags that can be given several tim
 
 A flag wins over the environment, which wins over the file. Paths are relative to the working
 directory. The server reads the file once, at its start: SIGHUP does not read it again. verify,
-import and gc take those settings from it that they have flags for, but gc not storage-dir.
+import and gc take those settings from it that they have flags for, but gc not storage-dir;
+healthcheck takes from it where the server is.
 
 With --json it prints an object that has, for each setting, its value and its origin.
 
