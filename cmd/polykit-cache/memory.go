@@ -35,10 +35,11 @@ const (
 	// leastMemory is the least memory limit at which the defaults fit into it.
 	leastMemory = 128 << 20
 
-	// ballastSize is how much is allocated at least between two collections of garbage; of a memory limit at most
-	// 1/ballastShare is.
-	ballastSize  = 16 << 20
+	// ballastSize counts as living besides what lives; of a memory limit at most 1/ballastShare does.
+	ballastSize  = 64 << 20
 	ballastShare = 16
+	// garbagePercent is how much may be allocated between two collections of garbage, in percent of what lives.
+	garbagePercent = 25
 )
 
 // memoryLimit returns the most bytes of memory that this process may take, which on Linux its cgroup or one around it
@@ -71,13 +72,15 @@ func formatLimit(n int64) string {
 	return size.String()
 }
 
-// ballast returns memory that is never touched, and so never takes any, but counts in what the collector
-// compares the heap with: what lives of the server's heap is so small that it would be collected twenty times
-// a second. Who sets the collector's own variables gets what they say.
-func ballast(memoryLimit int64) []byte {
+// paceCollector has garbage collected when a quarter of what lives was allocated, and 16 MiB. By default it would be as
+// much as lives: so little, of what lives of the server's heap, that it would be collected twenty times a second, and
+// where much lives more than that is worth. The 16 MiB are a quarter of the memory that is returned, which must be kept:
+// it is never touched, and so takes none. Who sets the collector's own variables gets what they say.
+func paceCollector(memoryLimit int64) (ballast []byte) {
 	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
 		return nil
 	}
+	debug.SetGCPercent(garbagePercent)
 	return make([]byte, min(ballastSize, memoryLimit/ballastShare))
 }
 

@@ -38,7 +38,7 @@ func (c *serveConfig) serve(ctx context.Context, logTo io.Writer) (err error) {
 	if err := s.open(ctx, logTo); err != nil {
 		return err
 	}
-	defer runtime.KeepAlive(ballast(c.limits.systemMemory))
+	defer runtime.KeepAlive(paceCollector(c.limits.systemMemory))
 	s.announce()
 	running, stop := context.WithCancel(context.WithoutCancel(ctx)) // as long as requests are answered
 	var background sync.WaitGroup
