@@ -26,7 +26,7 @@ func (t *storeTest) race() {
 	}
 	infos := make([]artifact.Info, racers)
 	errs := make([]error, racers)
-	together(racers, func(i int) {
+	Together(racers, func(i int) {
 		infos[i], errs[i] = uploads[i].Commit(t.ctx, samples[i].info)
 		uploads[i].Abort()
 	})
@@ -49,7 +49,7 @@ func (t *storeTest) race() {
 
 func (t *storeTest) manyKeys() {
 	const keys = 64
-	together(keys, func(i int) {
+	Together(keys, func(i int) {
 		a := sampleOf(Key(fmt.Sprint(i)), fmt.Sprintf("content %2d", i))
 		upload, err := t.store.Create(t.ctx, a.info.Key, a.info.Size)
 		if err != nil {
@@ -81,7 +81,7 @@ func (t *storeTest) seenAsAWhole() {
 		upload := t.create(a.info.Key, a.info.Size)
 		t.write(upload, a.content)
 		var committed atomic.Bool
-		together(4, func(i int) {
+		Together(4, func(i int) {
 			if i == 0 {
 				if _, err := upload.Commit(t.ctx, a.info); err != nil {
 					t.Error("Commit:", err)
@@ -128,7 +128,7 @@ func (t *storeTest) quarantineRace() {
 
 		var won atomic.Int64
 		infos := make([]artifact.Info, len(uploads))
-		together(committers+quarantiners, func(i int) {
+		Together(committers+quarantiners, func(i int) {
 			if i >= committers {
 				if err := t.store.Quarantine(t.ctx, oldInfo, errDamaged); err != nil {
 					t.Error("Quarantine:", err)
@@ -177,7 +177,7 @@ func (t *storeTest) promoteRace() {
 		}
 		infos := make([]artifact.Info, uploaders+promoters)
 		errs := make([]error, uploaders+promoters)
-		together(uploaders+promoters, func(i int) {
+		Together(uploaders+promoters, func(i int) {
 			if i < uploaders {
 				infos[i], errs[i] = uploads[i].Commit(t.ctx, ours[i].info)
 				uploads[i].Abort()
@@ -207,7 +207,7 @@ func (t *storeTest) promoteRace() {
 // emptied uploads to scopes from which others remove what was uploaded: no upload fails for that.
 func (t *storeTest) emptied() {
 	const workers, rounds = 8, 20
-	together(workers, func(i int) {
+	Together(workers, func(i int) {
 		store := t.in(fmt.Sprint("pr-", i%2)).store
 		for round := range rounds {
 			a := sampleOf(Key(fmt.Sprint(i, round%3)), "content")
@@ -233,8 +233,8 @@ func (t *storeTest) emptied() {
 	})
 }
 
-// together runs n functions at once, as near as that can be.
-func together(n int, run func(i int)) {
+// Together runs n functions at once, as near as that can be.
+func Together(n int, run func(i int)) {
 	var start, end sync.WaitGroup
 	start.Add(n)
 	for i := range n {

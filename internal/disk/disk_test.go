@@ -143,20 +143,6 @@ func manifestOf(t *testing.T, content []byte) artifact.Digest {
 	return contents.Manifest()
 }
 
-// together runs n functions at once, as near as that can be.
-func together(n int, run func(i int)) {
-	var start, end sync.WaitGroup
-	start.Add(n)
-	for i := range n {
-		end.Go(func() {
-			start.Done()
-			start.Wait()
-			run(i)
-		})
-	}
-	end.Wait()
-}
-
 // get returns the bytes that are stored under key, or the error of Get. It is an error if they
 // disagree with what is known of them.
 func (r rig) get(t *testing.T, key artifact.Key) ([]byte, artifact.Info, error) {
@@ -855,7 +841,7 @@ func TestShardInTheWay(t *testing.T) {
 					key := keyOf("0123" + fmt.Sprintf("%028x", i))
 					uploads[i], infos[i] = r.upload(t, key, cachetest.Random(key, 100))
 				}
-				together(len(uploads), func(i int) {
+				cachetest.Together(len(uploads), func(i int) {
 					if _, err := uploads[i].Commit(t.Context(), infos[i]); err != nil {
 						t.Error("Commit:", err)
 					}
@@ -885,7 +871,7 @@ func TestManyAskAtOnce(t *testing.T) {
 			digits := key.String()
 			write(t, filepath.Join(r.dir, digits[:2], digits[2:4], digits+".zst"), content)
 		}
-		together(many, func(i int) {
+		cachetest.Together(many, func(i int) {
 			if i%2 == 0 {
 				if _, err := r.Stat(t.Context(), found); err != nil {
 					t.Error("Stat:", err)

@@ -193,7 +193,7 @@ func TestInTheWayOfScope(t *testing.T) {
 				put(t, r.path(name))
 				errs := make([]error, 8)
 				pr := r.in(pr7)
-				together(len(errs), func(i int) {
+				cachetest.Together(len(errs), func(i int) {
 					key := keyOf(fmt.Sprintf("%02x", i%2) + digits[2:])
 					if i%4 < 2 {
 						key = keyOf(digits[:60] + fmt.Sprintf("%04x", i))
@@ -630,7 +630,7 @@ func TestInspectScopes(t *testing.T) {
 		r := open(t, t.TempDir())
 		write(t, r.path(zstName), large)
 		write(t, r.path(pr7Name+"/"+zstName), large[:len(large)-1])
-		together(8, func(i int) {
+		cachetest.Together(8, func(i int) {
 			scope, want := artifact.DefaultScope, error(nil)
 			if i%2 == 1 {
 				scope, want = pr7, cache.ErrNotFound
