@@ -35,10 +35,11 @@ const (
 	// leastMemory is the least memory limit at which the defaults fit into it.
 	leastMemory = 128 << 20
 
-	// ballastSize counts as living besides what lives; of a memory limit at most 1/ballastShare does.
-	ballastSize  = 64 << 20
-	ballastShare = 16
-	// garbagePercent is how much may be allocated between two collections of garbage, in percent of what lives.
+	// garbageSize is how much is allocated at least between two collections of garbage; of a memory limit at most
+	// 1/garbageShare is.
+	garbageSize  = 16 << 20
+	garbageShare = 16
+	// garbagePercent is how much more may be, in percent of what lives, if memory is not limited to less than 1 GiB.
 	garbagePercent = 25
 )
 
@@ -72,16 +73,21 @@ func formatLimit(n int64) string {
 	return size.String()
 }
 
-// paceCollector has garbage collected when a quarter of what lives was allocated, and 16 MiB. By default it would be as
-// much as lives: so little, of what lives of the server's heap, that it would be collected twenty times a second, and
-// where much lives more than that is worth. The 16 MiB are a quarter of the memory that is returned, which must be kept:
-// it is never touched, and so takes none. Who sets the collector's own variables gets what they say.
+// paceCollector has garbage collected when garbageSize was allocated and a part of what lives. By default it would be
+// only as much as lives, of which the server's heap has so little that it would be collected twenty times a second; and
+// where much lives, that is more than it is worth. What it returns must be kept: it counts as living, but is never
+// touched, and so takes no memory. It counts in a memory limit too, so where that is low there is less of it, and the
+// collector has its default; the limit itself has it begin early. Who sets the collector's own variables gets what they
+// say.
 func paceCollector(memoryLimit int64) (ballast []byte) {
-	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
+	switch {
+	case os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "":
 		return nil
+	case memoryLimit < 1<<30:
+		return make([]byte, min(garbageSize, memoryLimit/garbageShare))
 	}
 	debug.SetGCPercent(garbagePercent)
-	return make([]byte, min(ballastSize, memoryLimit/ballastShare))
+	return make([]byte, garbageSize*100/garbagePercent)
 }
 
 // logResources logs what the server found that it may take, and warns if it is too little.
