@@ -111,10 +111,14 @@ func (rec *record) failed(f fault, err error) {
 	}
 }
 
-// panicked says that a request ended with a panic. That counts whatever went wrong before, which is told too.
+// panicked says that a request ended with a panic. That counts whatever went wrong before, which is told too, but as a
+// text only: wrapped, a refusal would still be taken for the reason.
 func (rec *record) panicked(p any) {
 	err := fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-	rec.fault, rec.err = internal, errors.Join(err, rec.err)
+	if rec.err != nil {
+		err = fmt.Errorf("%w\nbefore that: %v", err, rec.err)
+	}
+	rec.fault, rec.err = internal, err
 }
 
 // answering says that the first byte of the answer is on its way.

@@ -75,7 +75,8 @@ func TestPanicCounts(t *testing.T) {
 	if miss.level() != slog.LevelDebug || later.level() != slog.LevelError {
 		t.Errorf("levels are %v and %v", miss.level(), later.level())
 	}
-	if text := later.err.Error(); !strings.HasPrefix(text, "panic: oh no\n") || !strings.Contains(text, "record_test.go") || !errors.Is(later.err, cache.ErrNotFound) {
+	if text := later.err.Error(); !strings.HasPrefix(text, "panic: oh no\n") || !strings.Contains(text, "record_test.go") ||
+		!strings.HasSuffix(text, cache.ErrNotFound.Error()) || errors.Is(later.err, cache.ErrNotFound) {
 		t.Errorf("the error is %s", text)
 	}
 }
